@@ -1,0 +1,1 @@
+"""The web console: static files and its JSON endpoints."""

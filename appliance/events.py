@@ -1,0 +1,154 @@
+"""Frozen records that cross folders. Times named `_at` are CLOCK_MONOTONIC seconds; `_wall` are Unix seconds; durations are seconds."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+
+import msgspec
+
+
+class LedgerState(enum.StrEnum):
+    """What a request is doing. It is in exactly one of these at any instant, so the parts sum to its wall time.
+
+    Declared in order of priority: with several choices, the request is in the first of its choices' states that is listed here.
+    """
+
+    WRITE_BLOCKED = "write_blocked"  # the client does not take what is ready for it
+    DETOKENIZE = "detokenize"  # turning ids into text
+    DECODE = "decode"  # in the running batch, past its prompt
+    GRAMMAR = "grammar"  # waiting for a grammar to compile or a mask
+    PREFILL = "prefill"  # its own prompt tokens are in the current step
+    PREFILL_WAIT = "prefill_wait"  # admitted to the batch, waiting while others' tokens fill the step
+    PREEMPTED = "preempted"  # lost its blocks, waits to be computed again
+    ENGINE_RESTART = "engine_restart"  # the engine is down or being replayed
+    QUEUED = "queued"  # in the engine's waiting queue
+    ADMITTED = "admitted"  # validated, templated, tokenized; not yet in the queue
+    RECEIVED = "received"  # headers read, body being read and validated
+
+
+class StepStats(msgspec.Struct, frozen=True, array_like=True):
+    """One engine step, measured in the engine process. Sent with every step; gauges are values at the end of the step."""
+
+    step: int
+    started_at: float
+    schedule_seconds: float
+    launch_seconds: float  # host time to prepare and launch; on CPU the forward itself
+    wait_seconds: float  # host time blocked on the device
+    output_seconds: float  # stop checks and building the frame
+    num_decode_tokens: int
+    num_prefill_tokens: int
+    num_sequences: int  # rows of this step's batch
+    num_running: int
+    num_waiting: int
+    oldest_waiting_age_seconds: float  # 0.0 when nothing waits
+    num_blocks: int
+    num_used_blocks: int  # referenced by at least one sequence
+    num_cached_blocks: int  # free, but findable by prefix hash
+    num_used_tokens: int  # tokens held in referenced blocks (for waste: 1 - used_tokens / (used_blocks * block_size))
+    prefix_query_tokens: int  # prompt tokens looked up in the prefix cache since the last step
+    prefix_hit_tokens: int  # of those, found
+    num_preemptions: int  # since the last step
+    num_aborted: int  # since the last step
+    num_surplus_tokens: int  # sampled, then discarded (past a stop), since the last step
+    graph_hit: bool
+    free_bytes: int = 0  # device memory free, 0 on CPU
+
+
+class EngineEvent(msgspec.Struct, frozen=True):
+    """Something that happened to the engine process: `started`, `ready`, `crashed`, `hung`, `restarting`, `stopped`, `failed`."""
+
+    kind: str
+    at_wall: float
+    detail: str
+    pid: int = 0
+    num_in_flight: int = 0
+
+
+class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The ledger of one finished request, whatever its end. One row of `requests`; also what the metrics recorder sees."""
+
+    id: str  # UUIDv7 minted by the server
+    client_request_id: str | None  # X-Request-Id, at most 64 characters
+    endpoint: str  # "/v1/chat/completions"
+    model: str
+    key_id: str  # name of the API key, "" where keys are off
+    stream: bool
+    received_wall: float
+    duration_seconds: float  # received to the last byte written
+    status: int  # HTTP status; 499 for a client that left
+    finish_reason: str | None  # of the first choice: stop, length, tool_calls, abort, error
+    error_code: str | None
+    num_choices: int
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_generated_tokens: int  # sampled by the engine for this request and delivered to the server
+    num_written_tokens: int  # of those, written to the client
+    ttft_seconds: float | None
+    tpot_seconds: float | None  # (last - first) / (n - 1) of the first choice; None under two tokens
+    max_itl_seconds: float | None
+    num_preemptions: int
+    num_engine_restarts: int
+    states: Mapping[str, float]  # LedgerState value -> seconds; sums to duration_seconds
+    seed: int | None = None
+    max_tokens: int | None = None
+    joules: float | None = None
+
+
+class WindowStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What was seen in the last `seconds`. None: no data, which is not zero."""
+
+    seconds: float
+    num_requests: int  # finished
+    num_errors: int  # of those, status >= 500
+    num_rejected: int  # 429 and 503 at admission
+    prompt_tokens_per_second: float  # measured at admission
+    max_output_tokens_per_second: float  # asked for, at admission (max_tokens)
+    output_tokens_per_second: float  # generated
+    ttft_p50_seconds: float | None
+    ttft_p95_seconds: float | None
+    tpot_p50_seconds: float | None
+    tpot_p95_seconds: float | None
+    ttft_attainment: float | None  # share of first tokens within the SLO
+    tpot_attainment: float | None
+    goodput: float | None  # share of finished requests within both
+    mean_running: float | None
+    mean_waiting: float | None
+    mean_kv_utilisation: float | None
+    max_kv_utilisation: float | None
+    max_waiting_age_seconds: float | None
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """The machine at one instant with its recent past; the policy's whole input."""
+
+    at: float  # CLOCK_MONOTONIC
+    at_wall: float
+    engine_ready: bool
+    data_age_seconds: float | None  # age of the engine's newest report; None before the first
+    num_running: int
+    num_waiting: int
+    oldest_waiting_age_seconds: float
+    kv_utilisation: float | None
+    ttft_slo_seconds: float
+    tpot_slo_seconds: float
+    fast: WindowStats
+    slow: WindowStats
+
+
+class ScaleDecision(msgspec.Struct, frozen=True, kw_only=True):
+    """One change of the desired number of replicas, explained. Also the payload of the webhook."""
+
+    id: str  # UUIDv7
+    sequence: int  # grows by one with every decision of this instance; a receiver ignores older ones
+    at_wall: float
+    expires_wall: float
+    instance_id: str
+    fleet: str
+    direction: str  # "up", "down" or "pinned" (wants more than max_replicas)
+    current_replicas: int
+    desired_replicas: int
+    reason: str  # in words, with the numbers
+    inputs: dict[str, float | None]
+    alternatives: tuple[str, ...] = ()  # what was considered and why not
+    mode: str = "advise"

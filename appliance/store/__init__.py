@@ -1,0 +1,1 @@
+"""SQL: tables, migrations, the batched writer and the webhook outbox."""

@@ -1,0 +1,1 @@
+"""The server's side of text: tokenizer, chat template, incremental detokenizer. Torch-free."""
