@@ -1,0 +1,206 @@
+"""The SQL tables. Portable between SQLite and PostgreSQL; alembic/ holds their history and a test holds the two together.
+
+Times named `_wall` are Unix seconds. Every row says which instance of which fleet wrote it, so that several may share a PostgreSQL.
+Ids and natural keys are made by the writer, never by the database: a row that is written twice is stored once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import JSON, BigInteger, Double, ForeignKey, Index, Integer, MetaData, String, Text, UniqueConstraint
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+# BIGINT that still auto-increments in SQLite, where only INTEGER PRIMARY KEY does
+_Serial = BigInteger().with_variant(Integer(), "sqlite")
+
+OUTBOX_STATES = ("pending", "delivered", "dead", "superseded")
+
+
+class Base(DeclarativeBase):
+    """Root of the tables. Constraints have names by convention, or Alembic could not drop them again."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {float: Double, int: BigInteger, dict[str, Any]: JSON, list[str]: JSON}  # noqa: RUF012 (read by SQLAlchemy, not shared state)
+
+
+class RequestRow(Base):
+    """The ledger: one finished request, whatever its end. Columns are RequestRecord's fields, its states one column each."""
+
+    __tablename__ = "requests"
+    __table_args__ = (
+        Index(None, "received_wall"),
+        Index(None, "client_request_id"),
+        Index(None, "key_id", "received_wall"),
+    )
+
+    id: Mapped[str] = mapped_column(String(36), primary_key=True)  # UUIDv7
+    instance_id: Mapped[str] = mapped_column(String(64))
+    fleet: Mapped[str] = mapped_column(String(64))
+    client_request_id: Mapped[str | None] = mapped_column(String(64))
+    endpoint: Mapped[str] = mapped_column(String(64))
+    model: Mapped[str] = mapped_column(String(256))
+    key_id: Mapped[str] = mapped_column(String(128))
+    stream: Mapped[bool]
+    received_wall: Mapped[float]
+    duration_seconds: Mapped[float]
+    status: Mapped[int] = mapped_column(Integer)
+    finish_reason: Mapped[str | None] = mapped_column(String(32))
+    error_code: Mapped[str | None] = mapped_column(String(64))
+    num_choices: Mapped[int] = mapped_column(Integer)
+    num_prompt_tokens: Mapped[int]
+    num_cached_tokens: Mapped[int]
+    num_generated_tokens: Mapped[int]
+    num_written_tokens: Mapped[int]
+    ttft_seconds: Mapped[float | None]
+    tpot_seconds: Mapped[float | None]
+    max_itl_seconds: Mapped[float | None]
+    num_preemptions: Mapped[int] = mapped_column(Integer)
+    num_engine_restarts: Mapped[int] = mapped_column(Integer)
+    seed: Mapped[int | None]
+    max_tokens: Mapped[int | None]
+    joules: Mapped[float | None]
+    write_blocked_seconds: Mapped[float]
+    detokenize_seconds: Mapped[float]
+    decode_seconds: Mapped[float]
+    grammar_seconds: Mapped[float]
+    prefill_seconds: Mapped[float]
+    prefill_wait_seconds: Mapped[float]
+    preempted_seconds: Mapped[float]
+    engine_restart_seconds: Mapped[float]
+    queued_seconds: Mapped[float]
+    admitted_seconds: Mapped[float]
+    received_seconds: Mapped[float]
+
+
+class SampleRow(Base):
+    """The machine every few seconds: gauges at the instant, counts since the sample before. Columns are Sample's fields."""
+
+    __tablename__ = "samples"
+    __table_args__ = (Index(None, "at_wall"),)
+
+    instance_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    at_wall: Mapped[float] = mapped_column(primary_key=True)
+    fleet: Mapped[str] = mapped_column(String(64))
+    period_seconds: Mapped[float]
+    engine_state: Mapped[str] = mapped_column(String(16))
+    num_requests: Mapped[int]
+    num_errors: Mapped[int]
+    num_rejected: Mapped[int]
+    num_good_requests: Mapped[int]
+    num_prompt_tokens: Mapped[int]
+    num_cached_tokens: Mapped[int]
+    num_generated_tokens: Mapped[int]
+    num_surplus_tokens: Mapped[int]
+    num_preemptions: Mapped[int]
+    num_aborted: Mapped[int]
+    num_steps: Mapped[int]
+    step_seconds: Mapped[float]
+    ttft_p50_seconds: Mapped[float | None]
+    ttft_p95_seconds: Mapped[float | None]
+    tpot_p50_seconds: Mapped[float | None]
+    tpot_p95_seconds: Mapped[float | None]
+    goodput: Mapped[float | None]
+    num_running: Mapped[int]
+    num_waiting: Mapped[int]
+    oldest_waiting_age_seconds: Mapped[float]
+    kv_utilisation: Mapped[float | None]
+    kv_cached_share: Mapped[float | None]
+    kv_waste: Mapped[float | None]
+    cpu_utilisation: Mapped[float | None]
+    memory_used_bytes: Mapped[int | None]
+    server_cpu_seconds: Mapped[float | None]
+    server_resident_bytes: Mapped[int | None]
+    engine_cpu_seconds: Mapped[float | None]
+    engine_resident_bytes: Mapped[int | None]
+    gpu_utilisation: Mapped[float | None]
+    gpu_memory_used_bytes: Mapped[int | None]
+    gpu_power_watts: Mapped[float | None]
+    gpu_temperature_celsius: Mapped[float | None]
+    gpu_joules: Mapped[float | None]
+
+
+class ScaleDecisionRow(Base):
+    """One change of the desired number of replicas with its inputs, alternatives and reason; what came of it is filled in later."""
+
+    __tablename__ = "scale_decisions"
+    __table_args__ = (UniqueConstraint("instance_id", "sequence"), Index(None, "at_wall"))
+
+    id: Mapped[str] = mapped_column(String(36), primary_key=True)  # UUIDv7
+    sequence: Mapped[int]
+    instance_id: Mapped[str] = mapped_column(String(64))
+    fleet: Mapped[str] = mapped_column(String(64))
+    at_wall: Mapped[float]
+    expires_wall: Mapped[float]
+    direction: Mapped[str] = mapped_column(String(16))
+    current_replicas: Mapped[int] = mapped_column(Integer)
+    desired_replicas: Mapped[int] = mapped_column(Integer)
+    reason: Mapped[str] = mapped_column(Text)
+    inputs: Mapped[dict[str, Any]]
+    alternatives: Mapped[list[str]]
+    mode: Mapped[str] = mapped_column(String(16))
+    approved_wall: Mapped[float | None]
+    approved_by: Mapped[str | None] = mapped_column(String(128))
+    outcome: Mapped[str | None] = mapped_column(Text)
+
+
+class OutboxRow(Base):
+    """A signal on its way to one endpoint. Written in the transaction of its decision; only the courier changes it afterwards."""
+
+    __tablename__ = "outbox"
+    __table_args__ = (Index(None, "state", "next_attempt_wall"), Index(None, "endpoint", "sequence"), Index(None, "created_wall"))
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)  # the webhook-id, the same for every attempt
+    decision_id: Mapped[str] = mapped_column(String(36), ForeignKey("scale_decisions.id", ondelete="CASCADE"), index=True)
+    instance_id: Mapped[str] = mapped_column(String(64))
+    fleet: Mapped[str] = mapped_column(String(64))
+    endpoint: Mapped[str] = mapped_column(Text)
+    sequence: Mapped[int]
+    body: Mapped[str] = mapped_column(Text)  # what is signed and sent, byte for byte (JSON, UTF-8)
+    created_wall: Mapped[float]
+    expires_wall: Mapped[float]
+    state: Mapped[str] = mapped_column(String(16), default="pending")  # one of OUTBOX_STATES
+    attempts: Mapped[int] = mapped_column(Integer, default=0)
+    next_attempt_wall: Mapped[float]
+    last_status: Mapped[int | None] = mapped_column(Integer)
+    last_error: Mapped[str | None] = mapped_column(Text)
+
+
+class DeliveryRow(Base):
+    """One attempt to deliver one outbox row."""
+
+    __tablename__ = "deliveries"
+    __table_args__ = (Index(None, "at_wall"),)
+
+    id: Mapped[int] = mapped_column(_Serial, primary_key=True, autoincrement=True)
+    outbox_id: Mapped[str] = mapped_column(String(64), ForeignKey("outbox.id", ondelete="CASCADE"), index=True)
+    instance_id: Mapped[str] = mapped_column(String(64))
+    fleet: Mapped[str] = mapped_column(String(64))
+    attempt: Mapped[int] = mapped_column(Integer)  # from 1
+    at_wall: Mapped[float]
+    duration_seconds: Mapped[float]
+    status: Mapped[int | None] = mapped_column(Integer)  # HTTP status; None where no answer came
+    error: Mapped[str | None] = mapped_column(Text)
+
+
+class EngineEventRow(Base):
+    """Something that happened to the engine process."""
+
+    __tablename__ = "engine_events"
+    __table_args__ = (Index(None, "at_wall"),)
+
+    instance_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    at_wall: Mapped[float] = mapped_column(primary_key=True)
+    kind: Mapped[str] = mapped_column(String(32), primary_key=True)
+    fleet: Mapped[str] = mapped_column(String(64))
+    detail: Mapped[str] = mapped_column(Text)
+    pid: Mapped[int] = mapped_column(Integer)
+    num_in_flight: Mapped[int] = mapped_column(Integer)
