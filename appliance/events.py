@@ -152,3 +152,60 @@ class ScaleDecision(msgspec.Struct, frozen=True, kw_only=True):
     inputs: dict[str, float | None]
     alternatives: tuple[str, ...] = ()  # what was considered and why not
     mode: str = "advise"
+
+
+class Sample(msgspec.Struct, frozen=True, kw_only=True):
+    """The machine every few seconds, one row of `samples`: gauges at `at_wall`, counts and sums since the sample before. None: not known."""
+
+    at_wall: float
+    period_seconds: float  # since the sample before
+    engine_state: str  # starting, ready, restarting, failed, stopped
+    num_requests: int  # finished
+    num_errors: int  # of those, status >= 500
+    num_rejected: int
+    num_good_requests: int  # finished within both SLOs
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_generated_tokens: int
+    num_surplus_tokens: int
+    num_preemptions: int
+    num_aborted: int
+    num_steps: int
+    step_seconds: float  # time in steps
+    ttft_p50_seconds: float | None  # of the fast window, as are the next four
+    ttft_p95_seconds: float | None
+    tpot_p50_seconds: float | None
+    tpot_p95_seconds: float | None
+    goodput: float | None
+    num_running: int
+    num_waiting: int
+    oldest_waiting_age_seconds: float
+    kv_utilisation: float | None
+    kv_cached_share: float | None
+    kv_waste: float | None
+    cpu_utilisation: float | None  # of the host, 0-1
+    memory_used_bytes: int | None  # of the host
+    server_cpu_seconds: float | None
+    server_resident_bytes: int | None
+    engine_cpu_seconds: float | None
+    engine_resident_bytes: int | None
+    gpu_utilisation: float | None  # mean over the GPUs, 0-1; memory, power and joules are sums, temperature is the hottest
+    gpu_memory_used_bytes: int | None
+    gpu_power_watts: float | None
+    gpu_temperature_celsius: float | None
+    gpu_joules: float | None  # since the sample before
+
+
+class StoreStats(msgspec.Struct, frozen=True, kw_only=True):
+    """The SQL writer at one instant; counts are since start."""
+
+    num_queued_rows: int  # in memory, not yet in the database
+    num_spooled_rows: int  # on disk, waiting for the database
+    num_written_rows: int
+    num_spooled_total: int  # rows that ever went to the spool
+    num_dropped_rows: int  # lost: neither database nor disk would take them
+    num_refused_rows: int  # the database holds them invalid
+    num_failed_flushes: int
+    flush_seconds: float  # time in flushes
+    num_flushes: int
+    available: bool  # the newest flush reached the database
