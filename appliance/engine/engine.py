@@ -1,0 +1,210 @@
+"""The step loop: schedule, launch, collect, report. On CUDA a step is launched before the one before it is read; on CPU each is read at once."""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+from appliance.engine.block_pool import BlockPool
+from appliance.engine.chunk_policy import ChunkPolicy
+from appliance.engine.model_runner import LaunchedStep, ModelRunner, StepResult
+from appliance.engine.scheduler import Scheduler, SchedulerLimits, StepPlan
+from appliance.engine.sequence import Sequence
+from appliance.engine.wire import Abort, Finish, Rejected, SequenceEvent, StepOutput, Submit, TokenLogprobs, pack_ids
+from appliance.events import StepStats
+
+
+@dataclass(slots=True)
+class _Report:
+    """What is told to the server with the next frame."""
+
+    sequence_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    finished: list[tuple[int, str, str]] = field(default_factory=list)
+    events: list[SequenceEvent] = field(default_factory=list)
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    num_aborted: int = 0
+    num_surplus: int = 0
+    num_preemptions: int = 0
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.sequence_ids or self.finished or self.events)
+
+
+@dataclass(slots=True)
+class _InFlight:
+    launched: LaunchedStep
+    started_at: float
+    schedule_seconds: float
+    launch_seconds: float
+
+
+class Engine:
+    """Sequences in, StepOutputs out. Single-threaded; `depth` is how many steps may be launched before the oldest is read (0 on CPU, 1 on CUDA)."""
+
+    def __init__(self, runner: ModelRunner, limits: SchedulerLimits, pool: BlockPool, chunk_policy: ChunkPolicy, *, depth: int) -> None:
+        self.runner = runner
+        self.limits = limits
+        self.pool = pool
+        self.scheduler = Scheduler(limits, pool)
+        self.chunk_policy = chunk_policy
+        self._depth = depth
+        self._sequences: dict[int, Sequence] = {}
+        self._deadlines: list[tuple[float, int]] = []
+        self._in_flight: deque[_InFlight] = deque()
+        self._report = _Report()
+        self._num_steps = 0
+        self._last_done_at = 0.0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` would do anything."""
+        return bool(self._sequences or self._in_flight or not self._report.is_empty)
+
+    def submit(self, message: Submit) -> Rejected | None:
+        """Queue a sequence, or say why not."""
+        sequence = Sequence(message, self.scheduler.next_arrival())
+        num_tokens = len(sequence.token_ids)
+        if num_tokens >= self.limits.context_length:
+            text = f"{num_tokens} tokens leave no room for an output within the context length of {self.limits.context_length}"
+            return Rejected(message.sequence_id, "context_length_exceeded", text)
+        if len(self.scheduler.waiting) >= self.limits.max_waiting:
+            return Rejected(message.sequence_id, "queue_full", f"{self.limits.max_waiting} sequences are waiting already")
+        self._sequences[sequence.id] = sequence
+        if sequence.deadline_at is not None:
+            heapq.heappush(self._deadlines, (sequence.deadline_at, sequence.id))
+        self.scheduler.add(sequence)
+        return None
+
+    def abort(self, message: Abort) -> None:
+        """End a sequence whose client is gone. Unknown ids are ignored: it ended while the message was on its way."""
+        if (sequence := self._sequences.get(message.sequence_id)) is not None:
+            self._report.num_aborted += 1
+            self._end(sequence, "abort")
+
+    def finish(self, message: Finish) -> None:
+        """End a sequence after `num_tokens` outputs; what lies beyond is surplus."""
+        if (sequence := self._sequences.get(message.sequence_id)) is not None:
+            self._report.num_surplus += max(sequence.num_outputs - message.num_tokens, 0)
+            self._end(sequence, "finish")
+
+    def step(self) -> StepOutput | None:
+        """Launch the next step if there is one, read the oldest one that is due, and report. None: nothing to say."""
+        started_at = time.monotonic()
+        self._expire(started_at)
+        self.scheduler.chunk_budget = self.chunk_policy.budget
+        plan = self.scheduler.schedule(started_at)
+        if plan is not None:
+            self._report.events.extend(plan.events)
+            self._report.num_preemptions += plan.num_preemptions
+            if plan.decodes or plan.chunks:
+                self._launch(plan, started_at)
+            else:
+                plan = None
+        if not self._in_flight or (plan is not None and len(self._in_flight) <= self._depth):
+            return None if self._report.is_empty else self._output(None, started_at, 0.0, time.monotonic())
+        oldest = self._in_flight.popleft()
+        waiting_from = time.monotonic()
+        result = self.runner.collect(oldest.launched)
+        done_at = time.monotonic()
+        self._process(oldest.launched, result, done_at)
+        self._learn(oldest, done_at)
+        return self._output(oldest, oldest.started_at, done_at - waiting_from, done_at)
+
+    def _launch(self, plan: StepPlan, started_at: float) -> None:
+        scheduled_at = time.monotonic()
+        launched = self.runner.launch(plan)
+        self._in_flight.append(_InFlight(launched, started_at, scheduled_at - started_at, time.monotonic() - scheduled_at))
+
+    def _process(self, launched: LaunchedStep, result: StepResult, now: float) -> None:
+        for row, token_id in zip(launched.rows, result.token_ids, strict=True):
+            sequence = row.sequence
+            sequence.num_pending -= 1
+            if self._sequences.get(sequence.id) is not sequence:
+                self._report.num_surplus += 1
+                continue
+            if sequence.num_outputs == 0:
+                self._report.events.append(SequenceEvent(sequence.id, "prefilled", now, sequence.num_cached))
+            sequence.token_ids.append(token_id)
+            self._report.sequence_ids.append(sequence.id)
+            self._report.token_ids.append(token_id)
+            if sequence.id in result.logprobs:
+                self._report.logprobs[sequence.id] = result.logprobs[sequence.id]
+            if sequence.row is not None:
+                self.scheduler.register_blocks(sequence)
+            if (reason := self._finish_reason(sequence, token_id)) is not None:
+                self._end(sequence, reason)
+
+    def _finish_reason(self, sequence: Sequence, token_id: int) -> str | None:
+        sampling = sequence.sampling
+        if not sampling.ignore_eos and token_id in sampling.stop_token_ids and sequence.num_outputs > sampling.min_tokens:
+            return "stop"
+        if sequence.num_outputs >= sampling.max_tokens or len(sequence.token_ids) >= self.limits.context_length:
+            return "length"
+        return None
+
+    def _end(self, sequence: Sequence, reason: str, detail: str = "") -> None:
+        del self._sequences[sequence.id]
+        self.scheduler.finish(sequence)
+        self.runner.forget(sequence)
+        self._report.finished.append((sequence.id, reason, detail))
+
+    def _expire(self, now: float) -> None:
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, sequence_id = heapq.heappop(self._deadlines)
+            if (sequence := self._sequences.get(sequence_id)) is not None:
+                where = "running" if sequence.row is not None else "waiting"
+                self._end(sequence, "deadline", f"the deadline passed while it was {where}")
+
+    def _learn(self, step: _InFlight, done_at: float) -> None:
+        """Feed the chunk policy with the time this step took beyond the one before it."""
+        plan = step.launched.plan
+        seconds = done_at - max(step.started_at, self._last_done_at)
+        self._last_done_at = done_at
+        self.chunk_policy.observe(len(plan.decodes), plan.num_prefill_tokens, seconds)
+
+    def _output(self, step: _InFlight | None, started_at: float, wait_seconds: float, done_at: float) -> StepOutput:
+        report, self._report = self._report, _Report()
+        scheduler, pool = self.scheduler, self.pool
+        oldest = scheduler.waiting.oldest_queued_at()
+        plan = step.launched.plan if step else StepPlan()
+        self._num_steps += step is not None
+        query, hit = scheduler.prefix_query_tokens, scheduler.prefix_hit_tokens
+        scheduler.prefix_query_tokens = scheduler.prefix_hit_tokens = 0
+        packed_sequences, packed_tokens = pack_ids(report.sequence_ids), pack_ids(report.token_ids)
+        now = time.monotonic()
+        stats = StepStats(
+            step=self._num_steps,
+            started_at=started_at,
+            schedule_seconds=step.schedule_seconds if step else 0.0,
+            launch_seconds=step.launch_seconds if step else 0.0,
+            wait_seconds=wait_seconds,
+            output_seconds=now - done_at,
+            num_decode_tokens=len(plan.decodes),
+            num_prefill_tokens=plan.num_prefill_tokens,
+            num_sequences=len(plan.decodes) + len(plan.chunks),
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            oldest_waiting_age_seconds=max(now - oldest, 0.0) if oldest is not None else 0.0,
+            num_blocks=pool.num_blocks,
+            num_used_blocks=pool.num_used,
+            num_cached_blocks=pool.num_cached,
+            num_used_tokens=scheduler.num_used_tokens(),
+            prefix_query_tokens=query,
+            prefix_hit_tokens=hit,
+            num_preemptions=report.num_preemptions,
+            num_aborted=report.num_aborted,
+            num_surplus_tokens=report.num_surplus,
+            graph_hit=step.launched.graph_hit if step else False,
+        )
+        return StepOutput(
+            stats=stats,
+            sequence_ids=packed_sequences,
+            token_ids=packed_tokens,
+            finished=tuple(report.finished),
+            events=tuple(report.events),
+            logprobs=report.logprobs or None,
+        )

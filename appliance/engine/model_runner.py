@@ -1,0 +1,230 @@
+"""Runs a plan on the device: upload, prepare, forward, sample, commit; ids come back through pinned memory, one event wait a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from appliance.engine.batch import Bucket, DeviceBatch
+from appliance.engine.cuda_graphs import StepGraphs
+from appliance.engine.scheduler import SchedulerLimits, StepPlan
+from appliance.engine.sequence import Sequence
+from appliance.engine.wire import TokenLogprobs
+from appliance.kernels.ops import AttentionBatch, Ops, Sampled, SamplingBatch, StepInput
+from appliance.model.decoder import Decoder
+
+
+@dataclass(slots=True)
+class SampledRow:
+    """A sequence that got a token in a step, and the entry of the batch it stood in."""
+
+    sequence: Sequence
+    entry: int
+
+
+@dataclass(slots=True)
+class LaunchedStep:
+    """A step on its way. `outputs` are host tensors, valid once `done` has passed (at once on CPU)."""
+
+    plan: StepPlan
+    rows: list[SampledRow]
+    outputs: list[Tensor]
+    done: torch.cuda.Event | None
+    graph_hit: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Token ids of `LaunchedStep.rows`, in their order, and logprobs of those that asked."""
+
+    token_ids: list[int]
+    logprobs: dict[int, TokenLogprobs]
+
+
+class ModelRunner:
+    """Owns the device: model, KV cache, batch state. Used by the step loop's thread alone."""
+
+    def __init__(
+        self, decoder: Decoder, ops: Ops, device: torch.device, limits: SchedulerLimits, num_blocks: int, *, use_graphs: bool, max_num_tokens: int
+    ) -> None:
+        self.decoder = decoder
+        self.ops = ops
+        self.device = device
+        self.limits = limits
+        self.batch = DeviceBatch(
+            max_num_seqs=limits.max_num_seqs,
+            max_num_chunks=limits.max_num_chunks,
+            max_num_tokens=max_num_tokens,
+            max_blocks=-(-limits.context_length // limits.block_size),
+            device=device,
+        )
+        self.kv_caches = decoder.allocate_kv(num_blocks, limits.block_size)
+        self.vocab_size = decoder.config.vocab_size
+        self._bias: dict[int, tuple[Tensor, Tensor]] = {}  # sequence id -> ids, values
+        self._is_cuda = device.type == "cuda"
+        self._copy_stream = torch.cuda.Stream(device) if self._is_cuda else None
+        self._copied: torch.cuda.Event | None = None
+        self.graphs = StepGraphs(self._forward, self._sample_plain, limits, device) if use_graphs and self._is_cuda else None
+
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Start a step. On CUDA this returns while it runs; on CPU it is done."""
+        self._update_rows(plan)
+        exact = Bucket(len(plan.decodes), len(plan.chunks), plan.num_prefill_tokens)
+        bucket = self.graphs.bucket_for(exact) if self.graphs else None
+        graph_hit = bucket is not None
+        shape = bucket or exact
+        self.batch.upload_step(plan, shape)
+        rows = [SampledRow(sequence, entry) for entry, sequence in enumerate(plan.decodes)]
+        rows.extend(SampledRow(chunk.sequence, shape.num_decodes + index) for index, chunk in enumerate(plan.chunks) if chunk.final)
+        sampling = self._sampling_batch(rows, shape)
+        if self._copied is not None:
+            torch.cuda.current_stream().wait_event(self._copied)  # the ids of the step before are out of the buffer that this one writes
+        if bucket is not None and self.graphs is not None:
+            sampled = self.graphs.replay(bucket, sampling)
+            if sampled is None:
+                sampled = self._sample(self.graphs.logits(bucket), sampling, bucket)
+        else:
+            sampled = self._sample(self._forward(shape, *self._bounds(plan)), sampling, shape)
+        outputs, done = self._fetch(sampled)
+        return LaunchedStep(plan, rows, outputs, done, graph_hit)
+
+    def collect(self, step: LaunchedStep) -> StepResult:
+        """Wait for a step and read its tokens."""
+        if step.done is not None:
+            step.done.synchronize()
+        ids = step.outputs[0].tolist()
+        token_ids = [ids[row.entry] for row in step.rows]
+        logprobs: dict[int, TokenLogprobs] = {}
+        if len(step.outputs) > 1:
+            _, values, ranks, top_ids, top_values = step.outputs
+            for row in step.rows:
+                wanted = row.sequence.sampling.num_logprobs
+                if wanted is None:
+                    continue
+                entry = row.entry
+                logprobs[row.sequence.id] = TokenLogprobs(
+                    float(values[entry]), int(ranks[entry]), tuple(top_ids[entry, :wanted].tolist()), tuple(top_values[entry, :wanted].tolist())
+                )
+        return StepResult(token_ids, logprobs)
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drop what is kept for a sequence beside its row."""
+        self._bias.pop(sequence.id, None)
+
+    def _forward(self, bucket: Bucket, max_query_len: int, max_context_len: int) -> Tensor:
+        step = self.batch.step_input(bucket)
+        batch = self.batch.attention_batch(bucket, max_query_len, max_context_len)
+        self.ops.prepare_inputs(self.batch.state, step, batch, self.limits.block_size)
+        return self.decoder.logits(self.decoder.forward(batch, self.kv_caches))
+
+    def _sample(self, logits: Tensor, sampling: SamplingBatch, bucket: Bucket) -> Sampled:
+        sampled = self.ops.sample(logits, sampling)
+        step, batch = self._views(bucket)
+        self.ops.commit_sampled(self.batch.state, step, batch, sampled.token_ids)
+        return sampled
+
+    def _sample_plain(self, logits: Tensor, bucket: Bucket, all_greedy: bool) -> Tensor:
+        """Sampling without options, as graphs capture it."""
+        rows = self.batch.step_input(bucket).rows
+        return self._sample(logits, SamplingBatch(rows=rows, state=self.batch.state, all_greedy=all_greedy), bucket).token_ids
+
+    def _views(self, bucket: Bucket) -> tuple[StepInput, AttentionBatch]:
+        return self.batch.step_input(bucket), self.batch.attention_batch(bucket, 1, 1)
+
+    def _bounds(self, plan: StepPlan) -> tuple[int, int]:
+        query = max((chunk.length for chunk in plan.chunks), default=1)
+        context = max((chunk.start + chunk.length for chunk in plan.chunks), default=0)
+        return query, max([context, *(sequence.num_computed for sequence in plan.decodes)])
+
+    def _update_rows(self, plan: StepPlan) -> None:
+        updates = self.batch.upload_updates(plan)
+        if updates is not None:
+            self.ops.apply_updates(self.batch.state, *updates)
+        for sequence in plan.new_rows:
+            if _has_penalties(sequence):
+                self._fill_penalty_row(sequence)
+            if sequence.sampling.logit_bias and sequence.id not in self._bias:
+                ids = torch.tensor(list(sequence.sampling.logit_bias), dtype=torch.int64)
+                values = torch.tensor(list(sequence.sampling.logit_bias.values()), dtype=torch.float32)
+                self._bias[sequence.id] = (ids.to(self.device), values.to(self.device))
+
+    def _fill_penalty_row(self, sequence: Sequence) -> None:
+        state, row = self.batch.state, sequence.row
+        num_rows = state.params.shape[0]
+        if state.prompt_mask is None or state.output_counts is None:
+            state.prompt_mask = torch.zeros(num_rows, self.vocab_size, dtype=torch.bool, device=self.device)
+            state.output_counts = torch.zeros(num_rows, self.vocab_size, dtype=torch.int32, device=self.device)
+            if self.graphs is not None:
+                self.graphs.clear_sampling()  # captured without the counts
+        ids = torch.tensor(sequence.token_ids, dtype=torch.int64, device=self.device)
+        prompt, outputs = ids[: sequence.num_prompt], ids[sequence.num_prompt :]
+        state.prompt_mask[row] = False
+        state.prompt_mask[row, prompt] = True
+        state.output_counts[row] = torch.bincount(outputs, minlength=self.vocab_size)[: self.vocab_size].int()
+
+    def _sampling_batch(self, rows: list[SampledRow], bucket: Bucket) -> SamplingBatch:
+        options = [row.sequence.sampling for row in rows]
+        asked = [option.num_logprobs for option in options if option.num_logprobs is not None]
+        batch = SamplingBatch(
+            rows=self.batch.step_input(bucket).rows,
+            state=self.batch.state,
+            all_greedy=all(option.temperature == 0.0 for option in options),
+            use_top_k=any(option.top_k > 0 for option in options),
+            use_top_p=any(option.top_p < 1.0 for option in options),
+            use_min_p=any(option.min_p > 0.0 for option in options),
+            use_penalties=any(_has_penalties(row.sequence) for row in rows),
+            num_logprobs=max(asked) if asked else None,
+        )
+        self._add_bias(batch, rows)
+        return batch
+
+    def _add_bias(self, batch: SamplingBatch, rows: list[SampledRow]) -> None:
+        entries: list[Tensor] = []
+        ids: list[Tensor] = []
+        values: list[Tensor] = []
+        for row in rows:
+            found = [self._bias[row.sequence.id]] if row.sequence.id in self._bias else []
+            if (ban := self._banned(row.sequence)) is not None:
+                found.append(ban)
+            for bias_ids, bias_values in found:
+                entries.append(torch.full_like(bias_ids, row.entry))
+                ids.append(bias_ids)
+                values.append(bias_values)
+        if entries:
+            batch.bias_entries, batch.bias_ids, batch.bias_values = torch.cat(entries), torch.cat(ids), torch.cat(values)
+
+    def _banned(self, sequence: Sequence) -> tuple[Tensor, Tensor] | None:
+        """The ends that `min_tokens` forbids at the output that this step samples."""
+        sampling = sequence.sampling
+        index = sequence.num_outputs + sequence.num_pending - 1
+        if index >= sampling.min_tokens or not sampling.stop_token_ids:
+            return None
+        ids = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=self.device)
+        return ids, torch.full(ids.shape, float("-inf"), device=self.device)
+
+    def _fetch(self, sampled: Sampled) -> tuple[list[Tensor], torch.cuda.Event | None]:
+        wanted = [sampled.token_ids]
+        if sampled.logprobs is not None:
+            assert sampled.ranks is not None and sampled.top_ids is not None and sampled.top_logprobs is not None
+            wanted += [sampled.logprobs, sampled.ranks, sampled.top_ids, sampled.top_logprobs]
+        if self._copy_stream is None:
+            return wanted, None
+        self._copy_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._copy_stream):
+            outputs = []
+            for tensor in wanted:
+                host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+                host.copy_(tensor, non_blocking=True)
+                tensor.record_stream(self._copy_stream)
+                outputs.append(host)
+            done = torch.cuda.Event()
+            done.record(self._copy_stream)
+        self._copied = done
+        return outputs, done
+
+
+def _has_penalties(sequence: Sequence) -> bool:
+    sampling = sequence.sampling
+    return sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
