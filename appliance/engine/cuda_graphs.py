@@ -90,12 +90,20 @@ class StepGraphs:
         """The logits that the newest replay of `bucket` left."""
         return self._captured[bucket].logits
 
-    def capture(self, bucket: Bucket) -> None:
-        """Capture a bucket ahead of demand, with both kinds of plain sampling."""
-        captured = self._captured.get(bucket) or self._capture(bucket)
-        for all_greedy in (True, False):
-            if all_greedy not in captured.sampling:
-                self._capture_sampling(captured, bucket, all_greedy)
+    def capture_missing(self, before: Callable[[], None]) -> bool:
+        """Capture one decode bucket ahead of demand, with both kinds of plain sampling, smallest first. False where all are there."""
+        for size in self._decode_sizes:
+            bucket = Bucket(size, 0, 0)
+            captured = self._captured.get(bucket)
+            if captured is not None and len(captured.sampling) == 2:
+                continue
+            before()
+            captured = captured or self._capture(bucket)
+            for all_greedy in (True, False):
+                if all_greedy not in captured.sampling:
+                    self._capture_sampling(captured, bucket, all_greedy)
+            return True
+        return False
 
     def clear_sampling(self) -> None:
         """Forget the sampling graphs: the row state has changed its shape."""

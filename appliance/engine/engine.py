@@ -140,7 +140,7 @@ class Engine:
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> str | None:
         sampling = sequence.sampling
-        if not sampling.ignore_eos and token_id in sampling.stop_token_ids and sequence.num_outputs > sampling.min_tokens:
+        if token_id in sampling.stop_token_ids and sequence.num_outputs > sampling.min_tokens:
             return "stop"
         if sequence.num_outputs >= sampling.max_tokens or len(sequence.token_ids) >= self.limits.context_length:
             return "length"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -112,6 +113,33 @@ class ModelRunner:
     def forget(self, sequence: Sequence) -> None:
         """Drop what is kept for a sequence beside its row."""
         self._bias.pop(sequence.id, None)
+
+    def warm_up(self) -> None:
+        """Run a decode step, a mixed step and the plain samplers on padding alone: compiles kernels, changes no state."""
+        chunk_tokens = min(16, self.limits.max_num_batched_tokens - 1)
+        for bucket in (Bucket(1, 0, 0), Bucket(0, 1, chunk_tokens), Bucket(1, 1, chunk_tokens)):
+            self._run_padding(bucket)
+
+    def measure_activation_bytes(self) -> int:
+        """Peak device memory of the largest step beyond what is held now. CUDA only."""
+        torch.cuda.reset_peak_memory_stats(self.device)
+        held = torch.cuda.memory_allocated(self.device)
+        limits = self.limits
+        self._run_padding(Bucket(limits.max_num_seqs, 1, max(limits.max_num_batched_tokens - limits.max_num_seqs, 1)))
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device) - held
+
+    def capture_next_graph(self, before: Callable[[], None]) -> bool:
+        """While idle: capture the next decode graph that is missing, after calling `before`. False where there is none."""
+        if self.graphs is None:
+            return False
+        return self.graphs.capture_missing(before)
+
+    def _run_padding(self, bucket: Bucket) -> None:
+        self.batch.upload_step(StepPlan(), bucket)
+        logits = self._forward(bucket, max(bucket.num_chunk_tokens, 1), 1)
+        for all_greedy in (True, False):
+            self._sample_plain(logits, bucket, all_greedy)
 
     def _forward(self, bucket: Bucket, max_query_len: int, max_context_len: int) -> Tensor:
         step = self.batch.step_input(bucket)

@@ -46,8 +46,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = {}
     min_tokens: int = 0
-    ignore_eos: bool = False
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()  # the model's own ends included, unless the client set ignore_eos
     num_logprobs: int | None = None  # None: no logprobs; 0: of the sampled token only
 
 
@@ -101,6 +100,7 @@ class Start(msgspec.Struct, frozen=True, tag="start", kw_only=True):
     cuda_graphs: bool = True
     load_timeout_seconds: float = 900.0
     step_timeout_seconds: float = 60.0
+    itl_target_seconds: float | None = None  # bound of a step that decodes; None: by device
 
 
 ToEngine = Start | Submit | Abort | Finish

@@ -1,0 +1,141 @@
+"""From a Start message to an engine that serves: device, kernels, weights, sizes, first compilation."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from appliance.engine import sizing
+from appliance.engine.block_pool import BlockPool
+from appliance.engine.chunk_policy import ChunkPolicy
+from appliance.engine.engine import Engine
+from appliance.engine.model_runner import ModelRunner
+from appliance.engine.scheduler import SchedulerLimits
+from appliance.engine.wire import Ready, Start
+from appliance.errors import ModelError
+from appliance.kernels import ops as kernel_ops
+from appliance.model.decoder import Decoder, load_model
+
+CUDA_ITL_TARGET_SECONDS = 0.03
+CPU_ITL_TARGET_SECONDS = 0.15
+
+
+class PhaseReporter(Protocol):
+    """Where the load says what it is doing."""
+
+    def enter(self, name: str, detail: str = "") -> None: ...
+
+    def progress(self, share: float, detail: str = "") -> None: ...
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of `auto`, `cpu` or `cuda`. Raises ModelError where there is no such device."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ModelError("device cuda was asked for, and torch finds no CUDA device (driver missing or too old?)")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of activations, KV and unquantised weights. `auto`: bfloat16 where the device multiplies it fast, else float32."""
+    if name != "auto":
+        dtype = getattr(torch, name)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    if device.type == "cuda":
+        return torch.bfloat16
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() and _has_fast_bf16() else torch.float32
+
+
+def _has_fast_bf16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def build_engine(start: Start, phase: PhaseReporter) -> tuple[Engine, Ready]:
+    """Load and size everything; reports phases as it goes. Raises ModelError with words for the user."""
+    started = time.monotonic()
+    device = choose_device(start.device)
+    if device.type == "cpu":
+        torch.set_num_threads(start.num_threads or len(os.sched_getaffinity(0)))
+    torch.set_grad_enabled(False)
+    ops = kernel_ops.select(device, start.kernels)
+    dtype = choose_dtype(start.dtype, device)
+    decoder = load_model(start.model_path, ops=ops, device=device, dtype=dtype, quantization=start.quantization, progress=phase.progress, seed=start.seed)
+    phase.enter("compile", "first run of the kernels")
+    limits, sizes = _size(start, device, decoder, ops)
+    pool = BlockPool(sizes.num_blocks)
+    runner = ModelRunner(
+        decoder, ops, device, limits, sizes.num_blocks, use_graphs=start.cuda_graphs, max_num_tokens=_graph_tokens(limits, device, start)
+    )
+    runner.warm_up()
+    target = start.itl_target_seconds or (CUDA_ITL_TARGET_SECONDS if device.type == "cuda" else CPU_ITL_TARGET_SECONDS)
+    engine = Engine(runner, limits, pool, ChunkPolicy(target, limits.max_num_batched_tokens), depth=1 if device.type == "cuda" else 0)
+    ready = Ready(
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        dtype=str(dtype).removeprefix("torch."),
+        quantization=decoder.quantization,
+        vocab_size=decoder.config.vocab_size,
+        context_length=sizes.context_length,
+        max_num_seqs=sizes.max_num_seqs,
+        max_num_batched_tokens=sizes.max_num_batched_tokens,
+        block_size=start.block_size,
+        num_blocks=sizes.num_blocks,
+        num_parameters=decoder.num_parameters,
+        weight_bytes=decoder.weight_bytes,
+        kv_bytes_per_token=decoder.kv_bytes_per_token,
+        load_seconds=time.monotonic() - started,
+        reasons=sizes.reasons,
+    )
+    return engine, ready
+
+
+def _graph_tokens(limits: SchedulerLimits, device: torch.device, start: Start) -> int:
+    """Tokens of the largest buffer: a graph's bucket pads decodes and chunks, each at most to the limit."""
+    padding = limits.max_num_seqs if device.type == "cuda" and start.cuda_graphs else 0
+    return limits.max_num_batched_tokens + padding
+
+
+def _size(start: Start, device: torch.device, decoder: Decoder, ops: kernel_ops.Ops) -> tuple[SchedulerLimits, sizing.Sizes]:
+    seqs, tokens, chunks = sizing.step_limits(start, device)
+    model_context = decoder.config.max_position_embeddings
+    provisional = _limits(start, seqs, tokens, chunks, min(start.context_length or model_context, model_context))
+    activation_bytes = 0
+    if device.type == "cuda":
+        probe = ModelRunner(decoder, ops, device, provisional, 1, use_graphs=False, max_num_tokens=tokens)
+        activation_bytes = probe.measure_activation_bytes()
+        del probe
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(device)
+        free_bytes = int(free - total * (1 - start.memory_fraction))
+    else:
+        free_bytes = sizing.available_host_bytes()
+    sizes = sizing.choose(
+        start,
+        device,
+        free_bytes=free_bytes,
+        kv_bytes_per_token=decoder.kv_bytes_per_token,
+        model_context=model_context,
+        activation_bytes=activation_bytes,
+    )
+    return _limits(start, sizes.max_num_seqs, sizes.max_num_batched_tokens, sizes.max_num_chunks, sizes.context_length), sizes
+
+
+def _limits(start: Start, seqs: int, tokens: int, chunks: int, context: int) -> SchedulerLimits:
+    return SchedulerLimits(
+        max_num_seqs=seqs,
+        max_num_batched_tokens=tokens,
+        max_num_chunks=chunks,
+        block_size=start.block_size,
+        context_length=context,
+        max_waiting=start.max_waiting,
+        prefix_caching=start.prefix_caching,
+    )
