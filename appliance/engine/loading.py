@@ -69,7 +69,9 @@ def build_engine(start: Start, phase: PhaseReporter) -> tuple[Engine, Ready]:
     torch.set_grad_enabled(False)
     ops = kernel_ops.select(device, start.kernels)
     dtype = choose_dtype(start.dtype, device)
-    decoder = load_model(start.model_path, ops=ops, device=device, dtype=dtype, quantization=start.quantization, progress=phase.progress, seed=start.seed)
+    decoder = load_model(
+        start.model_path, ops=ops, device=device, dtype=dtype, quantization=start.quantization, progress=phase.progress, seed=start.seed
+    )
     phase.enter("compile", "first run of the kernels")
     limits, sizes = _size(start, device, decoder, ops)
     pool = BlockPool(sizes.num_blocks)

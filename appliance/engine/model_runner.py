@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,7 +15,9 @@ from appliance.engine.scheduler import SchedulerLimits, StepPlan
 from appliance.engine.sequence import Sequence
 from appliance.engine.wire import TokenLogprobs
 from appliance.kernels.ops import AttentionBatch, Ops, Sampled, SamplingBatch, StepInput
-from appliance.model.decoder import Decoder
+
+if TYPE_CHECKING:
+    from appliance.model.decoder import Decoder
 
 
 @dataclass(slots=True)
