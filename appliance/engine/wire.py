@@ -172,6 +172,16 @@ class StepOutput(msgspec.Struct, frozen=True, tag="step", kw_only=True):
     logprobs: dict[int, TokenLogprobs] | None = None  # sequence_id -> of its token of this step; only those that asked
 
 
+class Events(msgspec.Struct, frozen=True, tag="events"):
+    """Events that do not wait for the output of their step.
+
+    `scheduled` belongs here, sent before the step is launched: a prompt that kills the engine in its first step is then known as one that was
+    in the batch. An engine that puts it into the StepOutput works too; the server then suspects everyone who could have been let in.
+    """
+
+    events: tuple[SequenceEvent, ...]
+
+
 class Rejected(msgspec.Struct, frozen=True, tag="rejected"):
     """A Submit that the engine will not run: `code` is context_length_exceeded or queue_full."""
 
@@ -187,7 +197,7 @@ class Failure(msgspec.Struct, frozen=True, tag="failure"):
     permanent: bool
 
 
-FromEngine = Ready | Heartbeat | StepOutput | Rejected | Failure
+FromEngine = Ready | Heartbeat | StepOutput | Events | Rejected | Failure
 
 _encoder = msgspec.msgpack.Encoder()
 
