@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from appliance.clock import ManualClock
@@ -53,6 +53,7 @@ def _reference(events: list[tuple[LedgerState | None, int, int]], end: int) -> d
     return spent
 
 
+@settings(deadline=None)  # the machine that runs the tests is shared
 @given(changes, st.integers(min_value=0, max_value=60 * 10**9))
 def test_states_partition_the_wall_time(events: list[tuple[LedgerState | None, int, int]], end: int) -> None:
     """For any changes in any order, no part is negative, the parts sum to the duration to the nanosecond, and each is what the definition says."""
@@ -66,6 +67,7 @@ def test_states_partition_the_wall_time(events: list[tuple[LedgerState | None, i
     assert _whole(states) == _reference(events, end)
 
 
+@settings(deadline=None)  # the machine that runs the tests is shared
 @given(changes, st.randoms(use_true_random=False))
 def test_arrival_order_does_not_matter_for_distinct_times(events: list[tuple[LedgerState | None, int, int]], random: object) -> None:
     """Changes at distinct times give the same ledger in whatever order they arrive."""
@@ -79,6 +81,7 @@ def test_arrival_order_does_not_matter_for_distinct_times(events: list[tuple[Led
     assert first.close(START + 60) == second.close(START + 60)
 
 
+@settings(deadline=None)  # the machine that runs the tests is shared
 @given(st.lists(st.sampled_from(list(LedgerState)), min_size=600, max_size=600), st.integers(min_value=0, max_value=100))
 def test_thousands_of_changes_settle_in_bounded_memory(states: list[LedgerState], late: int) -> None:
     """A long stream settles its past, and events up to a hundred changes late still count from their own time."""

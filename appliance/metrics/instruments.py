@@ -1,0 +1,122 @@
+"""Plain cells that count, and the collector that turns them into Prometheus families when scraped.
+
+prometheus_client's own instruments take a lock and a dict lookup at each observation; the step loop's observer runs hundreds of times a second with
+dozens of observations each, so here an observation is an addition to a Python number and everything else happens at the scrape. All on one
+thread (the event loop's).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from prometheus_client import Metric as Family
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar
+
+from appliance.metrics.catalogue import Metric
+from appliance.metrics.goodput import Slo
+
+
+class Cell:
+    """A number: a counter's or a gauge's. Add to or assign `value`."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value: float = 0
+
+
+class Histogram:
+    """Counts by bucket (not cumulative; the last is beyond every edge) and the sum, with the newest exemplar of each bucket."""
+
+    __slots__ = ("counts", "edges", "exemplars", "sum")
+
+    def __init__(self, edges: Sequence[float]) -> None:
+        self.edges = list(edges)
+        self.counts = [0] * (len(self.edges) + 1)
+        self.sum = 0.0
+        self.exemplars: dict[int, Exemplar] = {}
+
+    def observe(self, value: float, count: int = 1) -> None:
+        """`count` observations of `value`; an edge belongs to the bucket below it (`le`)."""
+        self.counts[bisect_left(self.edges, value)] += count
+        self.sum += value * count
+
+    def observe_with(self, value: float, request_id: str, wall: float) -> None:
+        """One observation, remembered as its bucket's exemplar."""
+        index = bisect_left(self.edges, value)
+        self.counts[index] += 1
+        self.sum += value
+        self.exemplars[index] = Exemplar({"request_id": request_id}, value, wall)
+
+    def buckets(self) -> list[tuple[str, float] | tuple[str, float, Exemplar]]:
+        """The cumulative buckets in Prometheus' form, +Inf last."""
+        cumulative: list[tuple[str, float] | tuple[str, float, Exemplar]] = []
+        total = 0
+        for index, (label, count) in enumerate(zip([*map(_edge, self.edges), "+Inf"], self.counts, strict=True)):
+            total += count
+            exemplar = self.exemplars.get(index)
+            cumulative.append((label, float(total)) if exemplar is None else (label, float(total), exemplar))
+        return cumulative
+
+
+def _edge(value: float) -> str:
+    return repr(float(value))
+
+
+class Instruments(Collector):
+    """The cells of every metric in a catalogue. Unlabelled ones exist from the start; labelled ones from their first use."""
+
+    def __init__(self, catalogue: Iterable[Metric], slo: Slo) -> None:
+        self._metrics = {metric.name: metric for metric in catalogue}
+        self._edges = {name: metric.edges(slo) for name, metric in self._metrics.items() if metric.kind == "histogram"}
+        self._histograms = {name: Histogram(edges) for name, edges in self._edges.items()}
+        self._cells: dict[str, dict[tuple[str, ...], Cell]] = {
+            name: {} if metric.labels else {(): Cell()} for name, metric in self._metrics.items() if metric.kind != "histogram"
+        }
+        self.before_collect: list[Callable[[], None]] = []  # each sets the gauges that are only known now
+
+    def histogram(self, name: str) -> Histogram:
+        """The histogram `name`. KeyError where the catalogue has none."""
+        return self._histograms[name]
+
+    def cell(self, name: str, *labels: str) -> Cell:
+        """The counter or gauge `name` with these label values, made at first use. KeyError where the catalogue has none."""
+        cells = self._cells[name]
+        if (cell := cells.get(labels)) is None:
+            if len(labels) != len(self._metrics[name].labels):
+                raise ValueError(f"{name} has labels {self._metrics[name].labels}, got {labels}")
+            cell = cells[labels] = Cell()
+        return cell
+
+    def forget(self, name: str) -> None:
+        """Drop the labelled cells of `name`: what it described is gone (or not known now)."""
+        self._cells[name].clear()
+
+    def describe(self) -> Iterator[Family]:
+        for metric in self._metrics.values():
+            yield _family(metric)
+
+    def collect(self) -> Iterator[Family]:
+        for hook in self.before_collect:
+            hook()
+        for name, metric in self._metrics.items():
+            family = _family(metric)
+            if isinstance(family, HistogramMetricFamily):
+                histogram = self._histograms[name]
+                family.add_metric([], histogram.buckets(), histogram.sum)
+            else:
+                for labels, cell in self._cells[name].items():
+                    family.add_metric(list(labels), cell.value)
+            yield family
+
+
+def _family(metric: Metric) -> CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily:
+    # OpenMetrics wants the unit to end the name, before _total
+    unit = metric.unit if metric.name.removesuffix("_total").endswith("_" + metric.unit) else ""
+    if metric.kind == "histogram":
+        return HistogramMetricFamily(metric.name, metric.help, labels=(), unit=unit)
+    kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+    return kind(metric.name, metric.help, labels=metric.labels, unit=unit)
