@@ -18,6 +18,9 @@ _READ_BYTES = 1 << 16
 _LINE_BYTES = 400
 _PR_SET_PDEATHSIG = 1
 
+# -P keeps the working folder off sys.path: in a checkout, its folder `kernels` would pass for the package that transformers looks for.
+ENGINE_COMMAND = (sys.executable, "-P", "-m", "appliance.engine.process")
+
 
 def die_with_parent() -> None:
     """Called in the engine process: the kernel kills it (SIGKILL) when the server's main thread dies, even while it is stuck in a driver call.
@@ -143,8 +146,3 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-
-def engine_command() -> tuple[str, ...]:
-    """How the engine process is started. -P keeps the working folder off sys.path: from a checkout, the folder `kernels` would pass for a package."""
-    return (sys.executable, "-P", "-m", "appliance.engine.process")

@@ -174,10 +174,10 @@ class OpenSequence:
         del self._times[length - self._taken :]
         del self._logprobs[length - self._taken :]
 
-    def stopped_by_own_rules(self) -> str | None:
+    def stopped_by_own_rules(self, context_length: int) -> str | None:
         """`length` or `stop` if the outputs end it already, so that a crash between token and end cannot make it longer."""
         num_outputs = len(self.outputs)
-        if num_outputs >= self.sampling.max_tokens:
+        if num_outputs >= self.sampling.max_tokens or (num_outputs and len(self.prompt_ids) // 4 + num_outputs >= context_length):
             return "length"
         if num_outputs and num_outputs >= self.sampling.min_tokens and self.outputs[-1] in self.sampling.stop_token_ids:
             return "stop"

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from appliance.engine.client import SequenceRequest
 from appliance.engine.generation import OpenSequence, Stage
-from appliance.engine.wire import Abort, Finish, Rejected, SequenceEvent, StepOutput, Submit, TokenLogprobs, unpack_ids
+from appliance.engine.wire import Abort, Finish, Ready, Rejected, SequenceEvent, StepOutput, Submit, TokenLogprobs, unpack_ids
 from appliance.errors import ApplianceError, ContextLengthExceeded, DeadlineExceeded, EngineFailed, Unavailable
 
 SUSPECT_CRASHES = 2  # in flight at so many crashes, a sequence must run alone before it may run beside others
@@ -53,7 +53,7 @@ class SequenceTable:
         self._num_unscheduled = 0  # sent to this engine, not in its batch yet
         self._num_never_scheduled = 0
         self._link: Link | None = None
-        self._max_num_seqs = 0
+        self._max_num_seqs = self._context_length = 0  # the newest engine's
         self._queue_full = False  # the engine said so, until it schedules one more or the next tick
         self._announces = False  # this engine says what it schedules before it launches the step
         self._ids = itertools.count(1)
@@ -169,9 +169,10 @@ class SequenceTable:
 
     # Engines coming and going.
 
-    def attach(self, link: Link, max_num_seqs: int, now: float) -> None:
+    def attach(self, link: Link, ready: Ready, now: float) -> None:
         """A fresh engine is ready: send what is held."""
-        self._link, self._max_num_seqs, self._announces, self._queue_full = link, max_num_seqs, False, False
+        self._link, self._announces, self._queue_full = link, False, False
+        self._max_num_seqs, self._context_length = ready.max_num_seqs, ready.context_length
         self.pump(now)
 
     def detach(self, now: float, cause: str) -> bool:
@@ -191,7 +192,7 @@ class SequenceTable:
         self._held.clear()
         self._suspects.clear()
         for sequence in sequences:
-            if (reason := sequence.stopped_by_own_rules()) is not None:
+            if (reason := sequence.stopped_by_own_rules(self._context_length)) is not None:
                 self._end(sequence, reason)
                 continue
             sequence.stage, sequence.settled = Stage.HELD, False
@@ -295,7 +296,7 @@ class SequenceTable:
         sequence = self._open.get(sequence_id)
         if sequence is None:
             return
-        if was_probe and reason == "length" and len(sequence.outputs) < sequence.sampling.max_tokens:
+        if was_probe and reason == "length" and sequence.stopped_by_own_rules(self._context_length) is None:
             self._clear_suspect(sequence, now)
             return
         error: ApplianceError | None = None

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from appliance.clock import Clock
-from appliance.engine.child import Child, engine_command, write_stderr
+from appliance.engine.child import ENGINE_COMMAND, Child, write_stderr
 from appliance.engine.client import EngineObserver, Generation, SequenceRequest
 from appliance.engine.connection import EngineConnection
 from appliance.engine.replay import SequenceTable
@@ -25,7 +25,7 @@ _LEAVE_SECONDS = 1.0  # for an engine that said why it goes, or closed its socke
 
 @dataclass(frozen=True, slots=True)
 class SupervisorLimits:
-    """Times and counts of the supervision. All seconds.
+    """Times of the supervision, in seconds.
 
     A silent engine counts as hung after `silence` while it serves and `loading_silence` before. Heartbeats come once a second from a thread of
     their own, but that thread needs the GIL and a core: on 2 loaded cores a second's delay is common, and loading CUDA's libraries from a cold
@@ -33,7 +33,6 @@ class SupervisorLimits:
     both limits are well above what is normal. A stuck step is found by its own deadline, whatever the heartbeats say.
     """
 
-    max_restarts: int = 5
     restart_window: float = 600.0
     first_backoff: float = 0.1
     max_backoff: float = 5.0
@@ -65,7 +64,8 @@ class SupervisedEngine:
         *,
         clock: Clock,
         observer: EngineObserver,
-        command: Sequence[str] | None = None,
+        command: Sequence[str] = ENGINE_COMMAND,
+        max_restarts: int = 5,
         limits: SupervisorLimits | None = None,
         pass_on_stderr: Callable[[bytes], None] = write_stderr,
     ) -> None:
@@ -76,7 +76,8 @@ class SupervisedEngine:
         self._start = start
         self._clock = clock
         self._observer = observer
-        self._command = tuple(command or engine_command())
+        self._command = tuple(command)
+        self._max_restarts = max_restarts
         self._limits = limits or SupervisorLimits()
         self._pass_on_stderr = pass_on_stderr
         self._table = SequenceTable(start.max_waiting)
@@ -171,7 +172,7 @@ class SupervisedEngine:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._closing.wait(), delay)
                 if not self._closing.is_set():
-                    self._report("restarting", f"restart {len(self._crash_times)} of at most {self._limits.max_restarts}, after {delay:.1f} s")
+                    self._report("restarting", f"restart {len(self._crash_times)} of at most {self._max_restarts}, after {delay:.1f} s")
         except Exception as error:  # a fault of ours: no handler may be left waiting for it
             _logger.exception("engine supervision failed")
             self._fail(f"engine supervision failed: {error!r}")
@@ -225,7 +226,7 @@ class SupervisedEngine:
 
     def _gives_up(self, end: _End, now: float) -> bool:
         self._crash_times = [at for at in self._crash_times if at > now - self._limits.restart_window]
-        return end.permanent or len(self._crash_times) > self._limits.max_restarts
+        return end.permanent or len(self._crash_times) > self._max_restarts
 
     def _fail(self, words: str) -> None:
         self._failure = words
@@ -262,7 +263,7 @@ class SupervisedEngine:
         if self.state == "ready" or self._connection is None:
             return
         self._report("ready", f"{ready.device}, {ready.dtype}, loaded in {ready.load_seconds:.1f} s")
-        self._table.attach(self._connection, ready.max_num_seqs, now)
+        self._table.attach(self._connection, ready, now)
         self._set_state("ready")
 
     def _on_writable(self) -> None:

@@ -11,8 +11,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from appliance.clock import Clock, SystemClock
 from appliance.engine.client import Delta, Generation, SequenceRequest
 from appliance.engine.supervisor import SupervisedEngine, SupervisorLimits
@@ -91,7 +89,16 @@ def request(first: int, max_tokens: int = 20, **fields: Any) -> SequenceRequest:
 class Harness:
     """A supervised fake engine and its records."""
 
-    def __init__(self, folder: Path, script: dict[str, Any], *, clock: Clock | None = None, limits: SupervisorLimits = FAST, **start: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        script: dict[str, Any],
+        *,
+        clock: Clock | None = None,
+        limits: SupervisorLimits = FAST,
+        max_restarts: int = 5,
+        **start: Any,
+    ) -> None:
         self.script_path = folder / "script.json"
         self.script_path.write_text(json.dumps(script))
         self.observer = RecordingObserver()
@@ -99,7 +106,13 @@ class Harness:
         command = (sys.executable, "-P", str(FAKE_ENGINE), "--script", str(self.script_path))
         frame = Start(**{"model_path": "fake", "cache_dir": str(folder), **start})
         self.engine = SupervisedEngine(
-            frame, clock=clock or SystemClock(), observer=self.observer, command=command, limits=limits, pass_on_stderr=self.stderr.extend
+            frame,
+            clock=clock or SystemClock(),
+            observer=self.observer,
+            command=command,
+            max_restarts=max_restarts,
+            limits=limits,
+            pass_on_stderr=self.stderr.extend,
         )
 
     def submits(self) -> list[tuple[int, int, int, bool]]:
@@ -115,7 +128,7 @@ class Harness:
         """Wait for an engine event."""
         async with asyncio.timeout(seconds):
             while kind not in self.observer.kinds():
-                await asyncio.sleep(0.005)
+                await asyncio.sleep(0.005)  # noqa: ASYNC110 - the observer has no one to wake
         return self.observer.of(kind)
 
 
@@ -130,9 +143,3 @@ async def harness(folder: Path, script: dict[str, Any], *, ready: bool = True, *
         yield running
     finally:
         await running.engine.close()
-
-
-@pytest.fixture(params=["asyncio", "uvloop"])
-def event_loop_name(request: pytest.FixtureRequest) -> str:
-    """Each loop in turn."""
-    return str(request.param)
