@@ -1,0 +1,164 @@
+"""The door to SQL: one async engine for SQLite or PostgreSQL, its sessions, and the migrations that bring the schema up to date."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Connection, event, make_url, text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.pool import ConnectionPoolEntry
+
+import appliance
+from appliance.settings import Settings
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+
+_MIGRATION_LOCK = 0x1A9B_0001  # PostgreSQL advisory lock: one appliance of a fleet migrates, the others wait for it
+_BUSY_TIMEOUT_MS = 5_000
+_CONNECT_TIMEOUT_SECONDS = 5.0
+
+
+class MigrationFailed(Exception):
+    """The schema cannot be brought up to date; the message says why and what to do."""
+
+
+def database_url(settings: Settings) -> str:
+    """The configured SQLAlchemy URL (with its password), else SQLite in the state folder."""
+    if settings.store.url is not None:
+        return settings.store.url.get_secret_value()
+    return f"sqlite+aiosqlite:///{settings.state_dir / 'appliance.db'}"
+
+
+def migrations_path() -> Path:
+    """The folder of the Alembic environment: package data in an installed wheel, `alembic/` beside the package in a checkout."""
+    packaged = Path(str(resources.files("appliance").joinpath("_alembic")))
+    if (packaged / "env.py").is_file():
+        return packaged
+    checkout = Path(appliance.__file__).resolve().parent.parent / "alembic"
+    if (checkout / "env.py").is_file():
+        return checkout
+    raise MigrationFailed(f"no migrations at {packaged} nor at {checkout}: the installation is incomplete, install the package again")
+
+
+class Database:
+    """An async engine with its conventions. Owned by the event loop that uses it; `close` when done.
+
+    `session` is for reading, `begin` for writing: in SQLite it takes the write lock at once, so that two writers wait for each other instead of
+    failing when a read turns into a write.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = make_url(url)
+        self.dialect = self.url.get_backend_name()
+        if self.dialect not in ("sqlite", "postgresql"):
+            raise ValueError(f"store.url: {self.url.render_as_string()} is neither sqlite+aiosqlite nor postgresql+asyncpg")
+        options: dict[str, Any] = {"pool_size": 4, "max_overflow": 2, "pool_timeout": 10.0}
+        if self.dialect == "sqlite":
+            if self.url.database and self.url.database != ":memory:":
+                Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
+        else:
+            options |= {"pool_pre_ping": True, "connect_args": {"timeout": _CONNECT_TIMEOUT_SECONDS, "command_timeout": 30.0}}
+        self.engine: AsyncEngine = create_async_engine(self.url, **options)
+        if self.dialect == "sqlite":
+            event.listen(self.engine.sync_engine, "connect", _prepare_sqlite)
+            event.listen(self.engine.sync_engine, "begin", _begin_sqlite)
+        self._writing = self.engine.execution_options(appliance_write=True)
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[AsyncSession]:
+        """A session to read with; what it changes is rolled back."""
+        async with AsyncSession(self.engine, expire_on_commit=False) as session:
+            yield session
+
+    @asynccontextmanager
+    async def begin(self) -> AsyncIterator[AsyncSession]:
+        """A session in one write transaction: committed at the end of the block, rolled back if it raises."""
+        async with AsyncSession(self._writing, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[AsyncConnection]:
+        """A plain connection in one write transaction, for statements without objects."""
+        async with self._writing.begin() as connection:
+            yield connection
+
+    async def migrate(self, revision: str = "head") -> None:
+        """Upgrade the schema to `revision`. Safe to call by several appliances at once. Raises MigrationFailed.
+
+        Alembic's own work blocks the event loop for some 0.1 s: call it before serving.
+        """
+        await self._run_alembic("upgrade", revision)
+
+    async def downgrade(self, revision: str) -> None:
+        """Take the schema back to `revision` ("base" drops everything). Raises MigrationFailed."""
+        await self._run_alembic("downgrade", revision)
+
+    async def revision(self) -> str | None:
+        """The schema's revision; None for an empty database."""
+        from alembic.runtime.migration import MigrationContext
+
+        async with self.engine.connect() as connection:
+            return await connection.run_sync(lambda sync: MigrationContext.configure(sync).get_current_revision())
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self.engine.dispose()
+
+    async def _run_alembic(self, direction: str, revision: str) -> None:
+        from alembic import command
+        from alembic.util import CommandError
+
+        def run(connection: Connection) -> None:
+            config = alembic_config(connection)
+            (command.upgrade if direction == "upgrade" else command.downgrade)(config, revision)
+
+        try:
+            async with self._locked() as connection:
+                await connection.run_sync(run)
+                await connection.commit()
+        except CommandError as error:
+            advice = "If a newer version has migrated this database, run that version, or downgrade with it first."
+            raise MigrationFailed(f"{self.url.render_as_string()}: {error}. {advice}") from error
+
+    @asynccontextmanager
+    async def _locked(self) -> AsyncIterator[AsyncConnection]:
+        """A connection that alone may migrate: the SQLite write lock, or an advisory lock of PostgreSQL until its session ends."""
+        async with self._writing.connect() as connection:
+            if self.dialect == "postgresql":
+                await connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _MIGRATION_LOCK})
+                await connection.commit()
+            try:
+                yield connection
+            finally:
+                if self.dialect == "postgresql":
+                    await connection.rollback()
+                    await asyncio.shield(connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": _MIGRATION_LOCK}))
+
+
+def alembic_config(connection: Connection) -> Config:
+    """Alembic's configuration for `connection`, without an ini file."""
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(migrations_path()).replace("%", "%%"))
+    config.attributes["connection"] = connection
+    return config
+
+
+def _prepare_sqlite(connection: Any, _: ConnectionPoolEntry) -> None:
+    """WAL lets readers and the writer work side by side; with it, NORMAL loses at most the newest commits at a power cut, never the file."""
+    connection.isolation_level = None  # or the driver begins transactions by its own, looser rules
+    cursor = connection.cursor()
+    for pragma in (f"busy_timeout = {_BUSY_TIMEOUT_MS}", "journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("appliance_write") else "BEGIN")
