@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from appliance.engine.block_pool import BlockPool
@@ -12,7 +13,7 @@ from appliance.engine.chunk_policy import ChunkPolicy
 from appliance.engine.model_runner import LaunchedStep, ModelRunner, StepResult
 from appliance.engine.scheduler import Scheduler, SchedulerLimits, StepPlan
 from appliance.engine.sequence import Sequence
-from appliance.engine.wire import Abort, Finish, Rejected, SequenceEvent, StepOutput, Submit, TokenLogprobs, pack_ids
+from appliance.engine.wire import Abort, Events, Finish, Rejected, SequenceEvent, StepOutput, Submit, TokenLogprobs, pack_ids
 from appliance.events import StepStats
 
 
@@ -45,13 +46,23 @@ class _InFlight:
 class Engine:
     """Sequences in, StepOutputs out. Single-threaded; `depth` is how many steps may be launched before the oldest is read (0 on CPU, 1 on CUDA)."""
 
-    def __init__(self, runner: ModelRunner, limits: SchedulerLimits, pool: BlockPool, chunk_policy: ChunkPolicy, *, depth: int) -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        limits: SchedulerLimits,
+        pool: BlockPool,
+        chunk_policy: ChunkPolicy,
+        *,
+        depth: int,
+        announce: Callable[[Events], None] = lambda _: None,
+    ) -> None:
         self.runner = runner
         self.limits = limits
         self.pool = pool
         self.scheduler = Scheduler(limits, pool)
         self.chunk_policy = chunk_policy
         self._depth = depth
+        self._announce = announce  # told who enters the batch before the step that might die of it
         self._sequences: dict[int, Sequence] = {}
         self._deadlines: list[tuple[float, int]] = []
         self._in_flight: deque[_InFlight] = deque()
@@ -98,7 +109,10 @@ class Engine:
         self.scheduler.chunk_budget = self.chunk_policy.budget
         plan = self.scheduler.schedule(started_at)
         if plan is not None:
-            self._report.events.extend(plan.events)
+            if plan.new_rows:
+                self._announce(Events(tuple(plan.events)))
+            else:
+                self._report.events.extend(plan.events)
             self._report.num_preemptions += plan.num_preemptions
             if plan.decodes or plan.chunks:
                 self._launch(plan, started_at)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +17,7 @@ from appliance.engine.chunk_policy import ChunkPolicy
 from appliance.engine.engine import Engine
 from appliance.engine.model_runner import ModelRunner
 from appliance.engine.scheduler import SchedulerLimits
-from appliance.engine.wire import Ready, Start
+from appliance.engine.wire import Events, Ready, Start
 from appliance.errors import ModelError
 from appliance.kernels import ops as kernel_ops
 from appliance.model.decoder import Decoder, load_model
@@ -29,7 +31,7 @@ class PhaseReporter(Protocol):
 
     def enter(self, name: str, detail: str = "") -> None: ...
 
-    def progress(self, share: float, detail: str = "") -> None: ...
+    def progress(self, share: float) -> None: ...
 
 
 def choose_device(name: str) -> torch.device:
@@ -60,7 +62,7 @@ def _has_fast_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def build_engine(start: Start, phase: PhaseReporter) -> tuple[Engine, Ready]:
+def build_engine(start: Start, phase: PhaseReporter, announce: Callable[[Events], None]) -> tuple[Engine, Ready]:
     """Load and size everything; reports phases as it goes. Raises ModelError with words for the user."""
     started = time.monotonic()
     device = choose_device(start.device)
@@ -80,11 +82,12 @@ def build_engine(start: Start, phase: PhaseReporter) -> tuple[Engine, Ready]:
     )
     runner.warm_up()
     target = start.itl_target_seconds or (CUDA_ITL_TARGET_SECONDS if device.type == "cuda" else CPU_ITL_TARGET_SECONDS)
-    engine = Engine(runner, limits, pool, ChunkPolicy(target, limits.max_num_batched_tokens), depth=1 if device.type == "cuda" else 0)
+    policy = ChunkPolicy(target, limits.max_num_batched_tokens)
+    engine = Engine(runner, limits, pool, policy, depth=1 if device.type == "cuda" else 0, announce=announce)
     ready = Ready(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         dtype=str(dtype).removeprefix("torch."),
-        quantization=decoder.quantization,
+        quantization=start.quantization,
         vocab_size=decoder.config.vocab_size,
         context_length=sizes.context_length,
         max_num_seqs=sizes.max_num_seqs,
@@ -93,11 +96,16 @@ def build_engine(start: Start, phase: PhaseReporter) -> tuple[Engine, Ready]:
         num_blocks=sizes.num_blocks,
         num_parameters=decoder.num_parameters,
         weight_bytes=decoder.weight_bytes,
-        kv_bytes_per_token=decoder.kv_bytes_per_token,
+        kv_bytes_per_token=kv_bytes_per_token(decoder),
         load_seconds=time.monotonic() - started,
         reasons=sizes.reasons,
     )
     return engine, ready
+
+
+def kv_bytes_per_token(decoder: Decoder) -> int:
+    """Bytes of K and V of one token in all layers."""
+    return 2 * math.prod(decoder.kv_shape(1, 1)) * decoder.dtype.itemsize * decoder.config.num_layers
 
 
 def _graph_tokens(limits: SchedulerLimits, device: torch.device, start: Start) -> int:
@@ -108,7 +116,7 @@ def _graph_tokens(limits: SchedulerLimits, device: torch.device, start: Start) -
 
 def _size(start: Start, device: torch.device, decoder: Decoder, ops: kernel_ops.Ops) -> tuple[SchedulerLimits, sizing.Sizes]:
     seqs, tokens, chunks = sizing.step_limits(start, device)
-    model_context = decoder.config.max_position_embeddings
+    model_context = decoder.config.max_positions
     provisional = _limits(start, seqs, tokens, chunks, min(start.context_length or model_context, model_context))
     activation_bytes = 0
     if device.type == "cuda":
@@ -124,7 +132,7 @@ def _size(start: Start, device: torch.device, decoder: Decoder, ops: kernel_ops.
         start,
         device,
         free_bytes=free_bytes,
-        kv_bytes_per_token=decoder.kv_bytes_per_token,
+        kv_bytes_per_token=kv_bytes_per_token(decoder),
         model_context=model_context,
         activation_bytes=activation_bytes,
     )

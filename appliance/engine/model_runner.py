@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,7 +66,8 @@ class ModelRunner:
             max_blocks=-(-limits.context_length // limits.block_size),
             device=device,
         )
-        self.kv_caches = decoder.allocate_kv(num_blocks, limits.block_size)
+        shape = decoder.kv_shape(num_blocks, limits.block_size)
+        self.kv_caches = [(_zeros(shape, decoder.dtype, device), _zeros(shape, decoder.dtype, device)) for _ in range(decoder.config.num_layers)]
         self.vocab_size = decoder.config.vocab_size
         self._bias: dict[int, tuple[Tensor, Tensor]] = {}  # sequence id -> ids, values
         self._is_cuda = device.type == "cuda"
@@ -238,7 +241,9 @@ class ModelRunner:
     def _fetch(self, sampled: Sampled) -> tuple[list[Tensor], torch.cuda.Event | None]:
         wanted = [sampled.token_ids]
         if sampled.logprobs is not None:
-            assert sampled.ranks is not None and sampled.top_ids is not None and sampled.top_logprobs is not None
+            assert sampled.ranks is not None
+            assert sampled.top_ids is not None
+            assert sampled.top_logprobs is not None
             wanted += [sampled.logprobs, sampled.ranks, sampled.top_ids, sampled.top_logprobs]
         if self._copy_stream is None:
             return wanted, None
@@ -254,6 +259,16 @@ class ModelRunner:
             done.record(self._copy_stream)
         self._copied = done
         return outputs, done
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, since masked lanes of a kernel may read a block's unwritten slots, and 0 * NaN is NaN.
+
+    On CPU through calloc: pages take memory at their first write, where torch.zeros would touch them all (11 GiB took seconds).
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def _has_penalties(sequence: Sequence) -> bool:

@@ -76,9 +76,9 @@ class Phase:
             self._progress = 0.0
             self._tell()
 
-    def progress(self, share: float, detail: str = "") -> None:
+    def progress(self, share: float) -> None:
         """How far the load is, 0-1; told with the next heartbeat."""
-        self._progress, self._detail = share, detail or self._detail
+        self._progress = share
 
     def _tell(self) -> None:
         deadline = self._deadlines.get(self._name, self._step_deadline if self._name == "step" else 1e9)
@@ -131,7 +131,7 @@ def run(channel: Channel) -> int:
     from appliance.engine.loading import build_engine  # imports torch, after the first heartbeat
 
     try:
-        engine, ready = build_engine(start, phase)
+        engine, ready = build_engine(start, phase, channel.send)
     except Exception as error:
         traceback.print_exc()
         channel.send(Failure(_in_words(error), permanent=_is_permanent(error)))

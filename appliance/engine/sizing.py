@@ -18,7 +18,7 @@ CUDA_STEP_TOKENS = 2048
 CPU_STEP_TOKENS = 512
 CUDA_MAX_CHUNKS = 16
 CPU_MAX_CHUNKS = 8
-_CPU_KV_SHARE = 0.5  # of what is free once the weights are loaded; pages are touched only as sequences fill them
+_CPU_KV_SHARE = 0.25  # of what is free once the weights are loaded; pages are touched only as sequences fill them
 _GRAPH_RESERVE_BYTES = 1 * GIB  # CUDA graphs, cuBLAS workspaces, allocator slack
 _MIN_CONTEXT = 256
 
@@ -70,9 +70,8 @@ def choose(start: Start, device: torch.device, *, free_bytes: int, kv_bytes_per_
         budget = max(int(free_bytes * share) - reserve, 0) if device.type == "cpu" else max(free_bytes - reserve, 0)
         num_blocks = budget // block_bytes
         wanted = -(-seqs * min(start.context_length or model_context, model_context) // start.block_size)
-        reasons.append(
-            f"{num_blocks} KV blocks fit {budget / GIB:.2f} GiB ({free_bytes / GIB:.2f} GiB free, {reserve / GIB:.2f} GiB kept for activations and graphs)"
-        )
+        kept = f"{free_bytes / GIB:.2f} GiB free, {reserve / GIB:.2f} GiB kept for activations and graphs"
+        reasons.append(f"{num_blocks} KV blocks fit {budget / GIB:.2f} GiB ({kept})")
         if num_blocks > wanted:
             num_blocks = wanted
             reasons.append(f"{num_blocks} KV blocks suffice for {seqs} sequences of full length")

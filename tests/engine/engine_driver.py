@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from simulated_runner import SimulatedRunner
+
 from appliance.engine.block_pool import BlockPool
 from appliance.engine.chunk_policy import ChunkPolicy
 from appliance.engine.engine import Engine
 from appliance.engine.scheduler import SchedulerLimits
 from appliance.engine.wire import Sampling, SequenceEvent, Submit, pack_ids, unpack_ids
 from appliance.events import StepStats
-from simulated_runner import SimulatedRunner
 
 
 @dataclass
@@ -70,5 +71,7 @@ def make_driver(*, depth: int = 0, num_blocks: int = 64, **overrides: object) ->
     limits = SchedulerLimits(**limits)
     runner = SimulatedRunner(limits.block_size)
     policy = ChunkPolicy(10.0, limits.max_num_batched_tokens)
-    engine = Engine(runner, limits, BlockPool(num_blocks), policy, depth=depth)
-    return Driver(engine, runner)
+    driver = Driver(
+        Engine(runner, limits, BlockPool(num_blocks), policy, depth=depth, announce=lambda told: driver.events.extend(told.events)), runner
+    )
+    return driver

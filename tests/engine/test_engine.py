@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable
 
 import pytest
+from engine_driver import Driver, make_driver
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simulated_runner import VOCAB_SIZE, expected_output
 
 from appliance.engine.wire import Abort, Finish, Rejected
-from engine_driver import Driver, make_driver
-from simulated_runner import VOCAB_SIZE, expected_output
 
 DEPTHS = pytest.mark.parametrize("depth", [0, 1])
 
