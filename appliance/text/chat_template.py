@@ -115,7 +115,7 @@ class _GenerationBlock(Extension):
 
 def _environment() -> ImmutableSandboxedEnvironment:
     # Autoescape is off because the output is a prompt, not HTML.
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlock])  # noqa: S701
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlock])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now

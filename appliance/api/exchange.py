@@ -1,0 +1,165 @@
+"""One generation request on its way through the server: its ledger, its counts, and in the end its RequestRecord."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from appliance.api.services import Services
+from appliance.engine.client import Generation
+from appliance.engine.wire import SequenceEvent
+from appliance.errors import ApplianceError
+from appliance.events import LedgerState, RequestRecord
+from appliance.metrics.ledger import Ledger
+
+_SERVER = 0  # the ledger's lane for what the server does itself; choice i has lane i + 1
+_STATE_OF_EVENT = {
+    "queued": LedgerState.QUEUED,
+    "scheduled": LedgerState.PREFILL,
+    "prefill": LedgerState.PREFILL,
+    "prefill_wait": LedgerState.PREFILL_WAIT,
+    "prefilled": LedgerState.DECODE,
+    "preempted": LedgerState.PREEMPTED,
+    "resumed": LedgerState.PREFILL,  # it computes its lost blocks again; the next token makes it DECODE
+    "engine_restart": LedgerState.ENGINE_RESTART,
+}
+
+
+class Exchange:
+    """Mutable state of one request, owned by its handler. `close` builds the record and reports it, once, whatever happened."""
+
+    def __init__(self, services: Services, *, request_id: str, client_request_id: str | None, endpoint: str, received_at: float) -> None:
+        self._services = services
+        self.id = request_id
+        self.client_request_id = client_request_id
+        self.endpoint = endpoint
+        self.received_at = received_at
+        self.received_wall = services.clock.wall()
+        self.ledger = Ledger(services.clock, received_at)
+        self.model = services.model_name
+        self.key_id = ""
+        self.stream = False
+        self.admitted = False
+        self.num_choices = 1
+        self.num_prompt_tokens = 0
+        self.num_generated_tokens = 0
+        self.num_written_tokens = 0
+        self.num_unwritten_tokens = 0  # in a reply that is built whole and not yet written
+        self.seed: int | None = None
+        self.max_tokens: int | None = None
+        self.finish_reason: str | None = None
+        self.error: ApplianceError | None = None
+        self.generations: list[Generation] = []
+        self._first_at: list[float] = []  # by choice; 0.0 before its first token
+        self._last_at: list[float] = []
+        self._num_tokens: list[int] = []
+        self._decoding: list[bool] = []
+        self._ttft: float | None = None
+        self._max_itl: float | None = None
+        self._record: RequestRecord | None = None
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens found in the prefix cache; of several choices on one prompt, the one that found most."""
+        return max((generation.num_cached_tokens for generation in self.generations), default=0)
+
+    def admit(self) -> None:
+        """Validated; what follows is template and tokens, then the engine's queue."""
+        self.ledger.enter(LedgerState.ADMITTED)
+
+    def submitted(self, generation: Generation) -> None:
+        """The next choice is in the engine's hands."""
+        self.generations.append(generation)
+        self.ledger.enter(LedgerState.QUEUED, choice=len(self.generations))
+        for per_choice in (self._first_at, self._last_at):
+            per_choice.append(0.0)
+        self._num_tokens.append(0)
+        self._decoding.append(False)
+
+    def note_events(self, choice: int, events: Iterable[SequenceEvent]) -> None:
+        """What the engine says about a choice, each at its own time."""
+        for event in events:
+            state = _STATE_OF_EVENT.get(event.kind)
+            if state is not None:
+                self.ledger.enter(state, event.at, choice + 1)
+                self._decoding[choice] = state is LedgerState.DECODE
+
+    def note_tokens(self, choice: int, times: Sequence[float]) -> None:
+        """Tokens of a choice reached the server at `times` (not empty)."""
+        self.num_generated_tokens += len(times)
+        self._num_tokens[choice] += len(times)
+        last = self._last_at[choice]
+        for at in times:
+            if last:
+                gap = at - last
+                if self._max_itl is None or gap > self._max_itl:
+                    self._max_itl = gap
+            last = at
+        self._last_at[choice] = last
+        if not self._first_at[choice]:
+            self._first_at[choice] = times[0]
+            if self._ttft is None:
+                self._ttft = max(0.0, times[0] - self.received_at)
+                self._services.observer.on_first_token(self._ttft)
+        if not self._decoding[choice]:  # an engine that sends no events, or a token behind a replay
+            self._decoding[choice] = True
+            self.ledger.enter(LedgerState.DECODE, times[-1], choice + 1)
+
+    def detokenizing(self) -> None:
+        """From now on the server turns ids into text."""
+        self.ledger.enter(LedgerState.DETOKENIZE, choice=_SERVER)
+
+    def writing(self) -> None:
+        """From now on the client is to take what is ready."""
+        self.ledger.enter(LedgerState.WRITE_BLOCKED, choice=_SERVER)
+
+    def written(self, num_tokens: int) -> None:
+        """The client took it; the choices decide again what the request is doing."""
+        self.num_written_tokens += num_tokens
+        self.ledger.leave(choice=_SERVER)
+
+    def choice_ended(self, choice: int) -> None:
+        """No more tokens of this choice."""
+        self.ledger.leave(choice=choice + 1)
+
+    def close(self, status: int) -> RequestRecord:
+        """End the request with `status`, or with its error's. Reports to the observer and the store. Idempotent."""
+        if self._record is not None:
+            return self._record
+        states = self.ledger.close()
+        error = self.error
+        self._record = record = RequestRecord(
+            id=self.id,
+            client_request_id=self.client_request_id,
+            endpoint=self.endpoint,
+            model=self.model,
+            key_id=self.key_id,
+            stream=self.stream,
+            received_wall=self.received_wall,
+            duration_seconds=self.ledger.duration_seconds,
+            status=error.status if error is not None else status,
+            finish_reason=self.finish_reason if error is None else ("abort" if error.status == 499 else "error"),
+            error_code=None if error is None else (error.code or error.type),
+            num_choices=self.num_choices,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_cached_tokens=self.num_cached_tokens,
+            num_generated_tokens=self.num_generated_tokens,
+            num_written_tokens=self.num_written_tokens,
+            ttft_seconds=self._ttft,
+            tpot_seconds=self._tpot(),
+            max_itl_seconds=self._max_itl,
+            num_preemptions=sum(generation.num_preemptions for generation in self.generations),
+            num_engine_restarts=max((generation.num_restarts for generation in self.generations), default=0),
+            states=states,
+            seed=self.seed,
+            max_tokens=self.max_tokens,
+        )
+        if error is not None and error.status in (429, 503) and not self.admitted:
+            self._services.observer.on_rejected(error.code or error.type)
+        self._services.observer.on_request(record)
+        self._services.on_record(record)
+        return record
+
+    def _tpot(self) -> float | None:
+        if not self._num_tokens or self._num_tokens[0] < 2:
+            return None
+        return (self._last_at[0] - self._first_at[0]) / (self._num_tokens[0] - 1)

@@ -1,0 +1,195 @@
+"""The running choices of one request: submits them, merges what they produce, turns ids into text, and leaves none behind."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from appliance.api.exchange import Exchange
+from appliance.api.plan import Plan
+from appliance.api.services import Services
+from appliance.engine.client import Delta, Generation
+from appliance.engine.wire import TokenLogprobs
+from appliance.errors import ApplianceError, DeadlineExceeded, EngineFailed, Unavailable
+from appliance.text.detokenizer import Detokenizer
+
+LEAST_LOGPROB = -9999.0  # JSON has no -inf
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScore:
+    """One token's log-probability, and those of its likeliest rivals."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one choice gained: certain text, and the tokens counted since the last piece."""
+
+    choice: int
+    text: str
+    token_ids: list[int]
+    scores: list[TokenScore] | None
+    finish_reason: str | None  # stop or length; None while it goes on
+    stop_reason: str | int | None = None  # the stop string or stop token id
+
+
+class Choices:
+    """The sequences of one plan, from submission to the last token. One owner; call `close` whatever happened."""
+
+    def __init__(self, services: Services, exchange: Exchange, plan: Plan) -> None:
+        self._exchange = exchange
+        self._choices: list[_Choice] = []
+        self._services = services
+        self._plan = plan
+        self._pumps: list[asyncio.Task[None]] = []
+
+    def submit(self) -> None:
+        """Hand every choice to the engine. Raises Unavailable or EngineFailed; what was submitted before is then aborted by `close`."""
+        plan, services = self._plan, self._services
+        for index, request in enumerate(plan.requests):
+            generation = services.engine.submit(request)
+            self._exchange.submitted(generation)
+            detokenizer = Detokenizer(services.text.tokenizer, stop=plan.stop, include_stop=plan.include_stop, skip_special=plan.skip_special)
+            stop_ids = frozenset(request.sampling.stop_token_ids)
+            self._choices.append(_Choice(index, generation, detokenizer, stop_ids, plan.include_stop))
+        self._exchange.admitted = True
+        services.observer.on_admitted(plan.num_prompt_tokens, sum(request.sampling.max_tokens for request in plan.requests))
+
+    async def pieces(self) -> AsyncIterator[list[Piece]]:
+        """Lists of pieces, each list what was ready together. Ends when every choice has; raises the error that ends the request.
+
+        With each list the ledger is left in DETOKENIZE: who takes it says `written` when done.
+        """
+        if len(self._choices) == 1:
+            choice = self._choices[0]
+            while not choice.done:
+                delta = await choice.generation.next()
+                if pieces := self._take([(choice, delta)]):
+                    yield pieces
+            return
+        ready: list[tuple[_Choice, Delta]] = []
+        wake = asyncio.Event()
+        self._pumps = [asyncio.create_task(_pump(choice, ready, wake)) for choice in self._choices]
+        while not all(choice.done for choice in self._choices):
+            await wake.wait()
+            wake.clear()
+            batch, ready[:] = list(ready), []
+            if pieces := self._take(batch):
+                yield pieces
+
+    def close(self) -> None:
+        """Abort what still runs. Idempotent."""
+        for pump in self._pumps:
+            pump.cancel()
+        for choice in self._choices:
+            if not choice.done:
+                choice.done = True
+                choice.generation.abort()
+
+    def _take(self, deltas: list[tuple[_Choice, Delta]]) -> list[Piece]:
+        exchange = self._exchange
+        exchange.detokenizing()
+        pieces: list[Piece] = []
+        for choice, delta in deltas:
+            if choice.done:
+                continue
+            if delta.events:
+                exchange.note_events(choice.index, delta.events)
+            if delta.token_times:
+                exchange.note_tokens(choice.index, delta.token_times)
+            if delta.error is not None or delta.finish_reason in ("abort", "deadline", "error"):
+                raise _error_of(delta)
+            piece = choice.take(delta)
+            if piece is None:
+                continue
+            if piece.finish_reason is not None:
+                exchange.choice_ended(choice.index)
+                if exchange.finish_reason is None or choice.index == 0:
+                    exchange.finish_reason = piece.finish_reason
+            pieces.append(piece)
+        if not pieces:
+            exchange.written(0)
+        return pieces
+
+
+class _Choice:
+    """One sequence and its text."""
+
+    __slots__ = ("_detokenizer", "_include_stop", "_stop_ids", "done", "generation", "index")
+
+    def __init__(self, index: int, generation: Generation, detokenizer: Detokenizer, stop_ids: frozenset[int], include_stop: bool) -> None:
+        self.index = index
+        self.generation = generation
+        self.done = False
+        self._detokenizer = detokenizer
+        self._stop_ids = stop_ids
+        self._include_stop = include_stop
+
+    def take(self, delta: Delta) -> Piece | None:
+        """The piece in `delta`; None for one without tokens or end. Tells the engine when a stop string ended the text."""
+        ids = delta.token_ids
+        if not ids and delta.finish_reason is None:
+            return None
+        detokenizer = self._detokenizer
+        before = detokenizer.num_tokens
+        stop_id = ids[-1] if ids and ids[-1] in self._stop_ids else None
+        text = detokenizer.push(ids[:-1] if stop_id is not None and not self._include_stop else ids)
+        scores = None if delta.logprobs is None else _scores(ids, delta.logprobs)
+        if detokenizer.stop_reason is not None:
+            counted = detokenizer.num_tokens - before
+            self.done = True
+            if delta.finish_reason is None or counted < len(ids):
+                self.generation.finish(detokenizer.num_tokens)
+            return Piece(self.index, text, ids[:counted], scores and scores[:counted], "stop", detokenizer.stop_reason)
+        if delta.finish_reason is None:
+            return Piece(self.index, text, ids, scores, None)
+        self.done = True
+        text += detokenizer.flush()
+        reason = "length" if delta.finish_reason == "length" else "stop"
+        return Piece(self.index, text, ids, scores, reason, stop_id if reason == "stop" else None)
+
+
+async def _pump(choice: _Choice, ready: list[tuple[_Choice, Delta]], wake: asyncio.Event) -> None:
+    """Move deltas of one choice into the common list until it ends."""
+    while not choice.done:
+        try:
+            delta = await choice.generation.next()
+        except Exception as error:  # must reach the handler, which waits on `wake` alone
+            delta = Delta([], [], None, [], None, error)
+        ready.append((choice, delta))
+        wake.set()
+        if delta.finish_reason is not None or delta.error is not None:
+            return
+
+
+def _scores(ids: list[int], logprobs: list[TokenLogprobs]) -> list[TokenScore]:
+    return [
+        TokenScore(
+            token_id,
+            _finite(entry.logprob),
+            tuple((top_id, _finite(value)) for top_id, value in zip(entry.top_ids, entry.top_logprobs, strict=True)),
+        )
+        for token_id, entry in zip(ids, logprobs, strict=False)
+    ]
+
+
+def _finite(logprob: float) -> float:
+    return logprob if math.isfinite(logprob) else LEAST_LOGPROB
+
+
+def _error_of(delta: Delta) -> ApplianceError:
+    if isinstance(delta.error, ApplianceError):
+        return delta.error
+    if delta.error is not None:
+        raise delta.error  # a fault of our own: the middleware logs it and answers 500
+    if delta.finish_reason == "deadline":
+        return DeadlineExceeded("the request's deadline passed before it finished")
+    if delta.finish_reason == "abort":
+        return Unavailable("the server ended this request while stopping", code="aborted", retry_after_seconds=5)
+    return EngineFailed("the engine ended this request with an error")

@@ -1,0 +1,79 @@
+"""What the API needs from the rest of the program, handed in once by the composition root."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from appliance.api.keys import ApiKeys
+from appliance.clock import Clock
+from appliance.engine.client import EngineClient
+from appliance.events import RequestRecord
+from appliance.settings import Settings
+from appliance.text.load import TextModel
+
+
+class ApiObserver(Protocol):
+    """What the API reports as it happens, on the event loop. Implemented by the metrics recorder."""
+
+    def on_received(self, endpoint: str) -> None:
+        """The headers of a generation request are read and its key is known."""
+
+    def on_admitted(self, num_prompt_tokens: int, max_tokens: int) -> None:
+        """A request goes to the engine, with so many prompt tokens and at most so many to generate, over all of its choices."""
+
+    def on_rejected(self, code: str) -> None:
+        """A request was turned away at admission with 429 or 503."""
+
+    def on_first_token(self, seconds: float) -> None:
+        """The first token of a request came `seconds` after its receipt."""
+
+    def on_request(self, record: RequestRecord) -> None:
+        """A request ended, whatever its end."""
+
+
+class Drain:
+    """Whether new work is turned away, and how many generation requests are open. Owned by the event loop."""
+
+    def __init__(self) -> None:
+        self.draining = False
+        self.num_open = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def begin(self) -> None:
+        """From now on requests get 503; those that are open go on."""
+        self.draining = True
+
+    def enter(self) -> None:
+        """A request opened."""
+        self.num_open += 1
+        self._idle.clear()
+
+    def leave(self) -> None:
+        """A request ended."""
+        self.num_open -= 1
+        if self.num_open == 0:
+            self._idle.set()
+
+    async def wait_idle(self) -> None:
+        """Return once no request is open."""
+        await self._idle.wait()
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """The API's collaborators. `on_record` gets every RequestRecord (for SQL), `metrics_text` the exposition and its content type."""
+
+    settings: Settings
+    engine: EngineClient
+    text: TextModel
+    clock: Clock
+    model_name: str
+    keys: ApiKeys
+    drain: Drain
+    observer: ApiObserver
+    metrics_text: Callable[[], tuple[bytes, str]]
+    on_record: Callable[[RequestRecord], None]
