@@ -58,7 +58,7 @@ class Database:
         self.dialect = self.url.get_backend_name()
         if self.dialect not in ("sqlite", "postgresql"):
             raise ValueError(f"store.url: {self.url.render_as_string()} is neither sqlite+aiosqlite nor postgresql+asyncpg")
-        options: dict[str, Any] = {"pool_size": 4, "max_overflow": 2, "pool_timeout": 10.0}
+        options: dict[str, Any] = {"pool_size": 4, "max_overflow": 2, "pool_timeout": 10.0, "hide_parameters": True}  # no row's content in a log
         if self.dialect == "sqlite":
             if self.url.database and self.url.database != ":memory:":
                 Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
