@@ -2,11 +2,12 @@
 
 `--script FILE` names a JSON object: {"lives": [{...}, ...], "rest": {...}}. The n-th process plays the n-th life, those after the last play `rest`.
 A life, all optional:
-  load_seconds, ready (false: never), heartbeat_seconds, heartbeat_phase, deadline_seconds (of a step), fail [message, permanent], exit (at once)
+  load_seconds, load_deadline_seconds, heartbeat_seconds, deadline_seconds (of a step), fail [message, permanent], exit (at once)
   step_seconds (0.001), max_num_seqs (64), context_length (4096), announce (true: scheduled events go ahead of their step)
   after_tokens: k          what happens once k tokens were sent in this life: `then`
   poison: id               what happens when a prompt that starts with this id is in the batch: `then`; `poison_at`: outputs it then has
   then: kill, exit, hang (heartbeats go on), freeze (they stop), garbage, half_frame, close
+  leave_child: true (a grandchild that holds on to stderr; its pid is written there), then_at_load: true (do `then` instead of Ready)
   reject: {first id: code}, no_eof (stays when the socket ends), stderr (text written at start), error_at: {first id: [output index, detail]}
 Each Submit is appended to FILE.submits as JSON: [life, first id, number of outputs, alone].
 """
@@ -20,6 +21,7 @@ import os
 import select
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -98,16 +100,23 @@ class FakeEngine:
             time.sleep(60)
         os._exit(0)
 
+    def tell(self) -> None:
+        """One heartbeat."""
+        self.send(Heartbeat(self.phase, self.phase_started_at, self.deadline_seconds, 0.5))
+
     def beat(self) -> None:
         """The heartbeat thread."""
         while True:
             if self.beating:
-                self.send(Heartbeat(self.phase, self.phase_started_at, self.deadline_seconds, 0.5))
+                self.tell()
             time.sleep(self.life.get("heartbeat_seconds", 0.1))
 
     def enter(self, phase: str) -> None:
-        """Change the phase, and say so."""
-        self.phase, self.phase_started_at = self.life.get("heartbeat_phase", phase), time.monotonic()
+        """Begin a phase; say so if it is another one."""
+        changed = phase != self.phase
+        self.phase, self.phase_started_at = phase, time.monotonic()
+        if changed:
+            self.tell()
 
     def die(self) -> None:
         """Do what `then` says."""
@@ -231,8 +240,11 @@ class FakeEngine:
 
     def load(self) -> None:
         """Wait for Start, then do what the script says a load does."""
-        while not (messages := self.reader.feed(self.sock.recv(1 << 16))):
-            pass
+        messages: list[object] = []
+        while not messages:
+            if not (data := self.sock.recv(1 << 16)):
+                self.leave()
+            messages = self.reader.feed(data)
         if not isinstance(messages[0], Start):
             self.send(Failure("the first frame is no Start", True))
             os._exit(8)
@@ -295,6 +307,9 @@ def main() -> None:
     life = lives[number] if number < len(lives) else script.get("rest", {})
     if "stderr" in life:
         print(life["stderr"], file=sys.stderr, flush=True)
+    if life.get("leave_child"):
+        grandchild = subprocess.Popen(["sleep", "60"])
+        print(grandchild.pid, file=sys.stderr, flush=True)
     if "exit" in life:
         os._exit(life["exit"])
     submits = arguments.script.with_suffix(".submits")
