@@ -164,9 +164,9 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     num_errors: int  # of those, status >= 500
     num_rejected: int
     num_good_requests: int  # finished within both SLOs
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    num_generated_tokens: int
+    num_prompt_tokens: int  # at admission
+    num_cached_tokens: int  # found in the prefix cache
+    num_generated_tokens: int  # as they came from the engine
     num_surplus_tokens: int
     num_preemptions: int
     num_aborted: int

@@ -91,6 +91,10 @@ class Instruments(Collector):
             cell = cells[labels] = Cell()
         return cell
 
+    def total(self, name: str, matching: Callable[[tuple[str, ...]], bool] = lambda _: True) -> float:
+        """Sum of the counter or gauge `name` over the label values that match."""
+        return sum(cell.value for labels, cell in self._cells[name].items() if matching(labels))
+
     def forget(self, name: str) -> None:
         """Drop the labelled cells of `name`: what it described is gone (or not known now)."""
         self._cells[name].clear()

@@ -1,0 +1,146 @@
+"""Readings of host, processes and GPUs, taken by a thread of their own so that the event loop never waits for /proc or a driver."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from appliance.clock import Clock
+from appliance.metrics.nvml import GpuReading, Nvml
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessReading:
+    """One of our processes at one instant."""
+
+    cpu_seconds: float
+    resident_bytes: int
+    num_fds: int
+    num_threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class HardwareReading:
+    """The machine at one instant. `engine` is None while there is no engine process; `disk_free_bytes` while the folder cannot be read."""
+
+    at: float  # CLOCK_MONOTONIC
+    num_cpus: int
+    cpu_utilisation: float  # of the host, since the reading before
+    memory_used_bytes: int
+    memory_bytes: int
+    disk_free_bytes: int | None
+    server: ProcessReading | None
+    engine: ProcessReading | None
+    gpus: tuple[GpuReading, ...] = ()
+
+
+def detect_device(device: str, nvml: Nvml | None) -> str:
+    """Where the engine will run, as far as the server can tell without torch: "cuda" or "cpu". `device` is the setting engine.device."""
+    return "cuda" if device == "cuda" or (device == "auto" and nvml is not None) else "cpu"
+
+
+class HardwareReader:
+    """Reads every `period_seconds` in a daemon thread; `latest` is the newest reading. `start` and `stop` once each."""
+
+    def __init__(
+        self,
+        *,
+        clock: Clock,
+        state_dir: Path,
+        engine_pid: Callable[[], int | None] = lambda: None,
+        nvml: Nvml | None = None,
+        period_seconds: float = 1.0,
+    ) -> None:
+        self.latest: HardwareReading | None = None
+        self._clock = clock
+        self._state_dir = state_dir
+        self._engine_pid = engine_pid
+        self._nvml = nvml
+        self._period = period_seconds
+        self._server = psutil.Process()
+        self._engine: psutil.Process | None = None
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+        psutil.cpu_percent()  # the first call only sets the mark that the next one measures from
+
+    def start(self) -> None:
+        """Take a first reading soon, then go on. Returns at once."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="hardware-reader", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread (it is waited for, five seconds at most: a driver call may hang) and let go of the driver."""
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join(5.0)
+            if self._thread.is_alive():
+                return
+            self._thread = None
+        if self._nvml is not None:
+            self._nvml.close()
+            self._nvml = None
+
+    def read(self) -> HardwareReading:
+        """Take a reading now, in this thread, and make it the latest."""
+        memory = psutil.virtual_memory()
+        self.latest = HardwareReading(
+            at=self._clock.monotonic(),
+            num_cpus=len(os.sched_getaffinity(0)),
+            cpu_utilisation=psutil.cpu_percent() / 100,
+            memory_used_bytes=memory.total - memory.available,
+            memory_bytes=memory.total,
+            disk_free_bytes=self._disk_free(),
+            server=_read_process(self._server),
+            engine=_read_process(self._engine_process()),
+            gpus=self._nvml.read() if self._nvml is not None else (),
+        )
+        return self.latest
+
+    def _run(self) -> None:
+        failed = False
+        while not self._stopped.is_set():
+            try:
+                self.read()
+                failed = False
+            except Exception:  # a reading that fails must not end the readings
+                if not failed:
+                    _log.exception("a hardware reading failed")
+                failed = True
+            self._stopped.wait(self._period)
+
+    def _engine_process(self) -> psutil.Process | None:
+        pid = self._engine_pid()
+        if pid is None:
+            self._engine = None
+        elif self._engine is None or self._engine.pid != pid:
+            with contextlib.suppress(psutil.Error):
+                self._engine = psutil.Process(pid)
+        return self._engine
+
+    def _disk_free(self) -> int | None:
+        try:
+            return shutil.disk_usage(self._state_dir).free
+        except OSError:
+            return None
+
+
+def _read_process(process: psutil.Process | None) -> ProcessReading | None:
+    if process is None:
+        return None
+    try:
+        with process.oneshot():
+            times = process.cpu_times()
+            return ProcessReading(times.user + times.system, process.memory_info().rss, process.num_fds(), process.num_threads())
+    except psutil.Error:  # it has ended
+        return None
