@@ -72,7 +72,14 @@ class Child:
             theirs.close()
             os.close(stderr)
         self.pid = self._process.pid
-        self._pidfd = os.pidfd_open(self.pid)
+        try:
+            self._pidfd = os.pidfd_open(self.pid)
+        except OSError:
+            self.kill()
+            self._process.wait()
+            self.socket.close()
+            os.close(self._stderr)
+            raise
         self.socket.setblocking(False)
         os.set_blocking(self._stderr, False)
         self._loop.add_reader(self._stderr, self._read_stderr)
@@ -96,21 +103,21 @@ class Child:
         """Wait `grace_seconds` for it to leave, then SIGKILL its process group. False if even that does not end it (stuck in the kernel)."""
         await asyncio.wait([self.exited], timeout=grace_seconds)
         if not self.exited.done():
-            self._kill_group()
+            self.kill()
             await asyncio.wait([self.exited], timeout=kill_seconds)
         if not self.exited.done():
             return False
         self._close_stderr()
         return True
 
-    def _kill_group(self) -> None:
+    def kill(self) -> None:
         """SIGKILL the process and what it has spawned (compilers). Only before it is reaped: until then its id cannot mean another group."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
 
     def _reap(self) -> None:
         self._loop.remove_reader(self._pidfd)
-        self._kill_group()  # whatever it left behind
+        self.kill()  # whatever it left behind
         os.close(self._pidfd)
         code = self._process.wait()
         while self._read_stderr():

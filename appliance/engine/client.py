@@ -30,7 +30,7 @@ class Delta(msgspec.Struct, frozen=True):
     logprobs: list[TokenLogprobs] | None
     events: list[SequenceEvent]  # also "engine_restart" (replay begun) and "resumed", made by the client
     finish_reason: str | None  # stop, length, abort, deadline, finish; None while it goes on
-    error: Exception | None  # an ApplianceError with which the request must end
+    error: Exception | None  # an ApplianceError with which the request must end; beside finish_reason "deadline" a DeadlineExceeded
 
 
 class Generation(Protocol):
@@ -42,13 +42,13 @@ class Generation(Protocol):
     num_restarts: int
 
     async def next(self) -> Delta:
-        """Wait until there is something, then take all of it. After a Delta with a finish_reason or an error there is no more."""
+        """Wait until there is something, then take all of it. After a Delta with a finish_reason or an error only that end comes again."""
 
     def abort(self) -> None:
         """The client is gone: out of the batch by the second step. Idempotent; harmless after the end."""
 
     def finish(self, num_tokens: int) -> None:
-        """A stop string ended the text after `num_tokens` outputs: what the engine samples beyond is surplus."""
+        """A stop string ended the text after `num_tokens` outputs: what the engine samples beyond is surplus. Ends it at once, with reason finish."""
 
 
 class EngineObserver(Protocol):

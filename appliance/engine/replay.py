@@ -101,8 +101,9 @@ class SequenceTable:
     def on_step(self, step: StepOutput, now: float) -> list[tuple[float, int]]:
         """Hand out one step's tokens, events and ends. Returns the inter-token gaps, grouped: (seconds, number of sequences).
 
-        Raises ValueError if the arrays do not match. Tokens come first: a sequence that ends in this step gets its last token.
+        Raises ValueError if the arrays do not match. Events come first ("scheduled" goes ahead of the token that it led to), ends last.
         """
+        self.on_events(step.events)
         open_, logprobs = self._open, step.logprobs
         last_times: dict[float, int] = {}
         for sequence_id, token_id in zip(unpack_ids(step.sequence_ids), unpack_ids(step.token_ids), strict=True):
@@ -118,7 +119,6 @@ class SequenceTable:
             last_times[last] = last_times.get(last, 0) + 1
             sequence.last_token_at = now
             sequence.add_token(token_id, now)
-        self.on_events(step.events)
         for sequence_id, reason, detail in step.finished:
             self._on_finished(sequence_id, reason, detail, now)
         last_times.pop(0.0, None)
@@ -254,11 +254,12 @@ class SequenceTable:
             sequence.add_event(SequenceEvent(sequence.sequence_id, "queued", now))
 
     def _settle(self, sequence: OpenSequence, now: float) -> None:
-        self._mark_running(sequence)
+        if sequence.stage is Stage.SENT:
+            self._mark_running(sequence)  # a preempted one is not: this token is of a step that was under way when it lost its blocks
         sequence.prefilled = True
         if sequence.replaying:
             _end_replay(sequence, now)
-        sequence.settled = True
+        sequence.settled = sequence.stage is Stage.RUNNING
 
     def _add_logprobs(self, sequence: OpenSequence, logprobs: dict[int, TokenLogprobs] | None) -> bool:
         entry = None if logprobs is None else logprobs.get(sequence.sequence_id)

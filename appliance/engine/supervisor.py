@@ -179,7 +179,6 @@ class SupervisedEngine:
 
     async def _live(self) -> _End:
         """Spawn one process, serve until it ends, clear it away. Returns how it ended, with `detail` filled in."""
-        loop = asyncio.get_running_loop()
         try:
             child = Child(self._command, self._pass_on_stderr)
         except OSError as error:
@@ -187,6 +186,21 @@ class SupervisedEngine:
             end = _End("crashed", f"cannot start {self._command[0]}: {error}", permanent=missing)
             self._record_end(end, 0, self._clock.monotonic())
             return end
+        try:
+            end, lost_at = await self._serve(child)
+            if not await child.end(end.grace_seconds):
+                end = _End(end.kind, f"process {child.pid} is stuck in the kernel and cannot be killed", permanent=True)
+        except BaseException:  # cancelled, or a fault of ours: the process must not stay
+            child.kill()
+            raise
+        end = _End(end.kind, end.detail or child.describe_exit(), end.permanent)
+        self._connection = self._life = self.pid = None
+        self._record_end(end, child.pid, lost_at)
+        return end
+
+    async def _serve(self, child: Child) -> tuple[_End, float]:
+        """Talk to one process until it is lost or closed. Returns how and when (monotonic); by then its socket is closed."""
+        loop = asyncio.get_running_loop()
         self.pid, self.heartbeat = child.pid, None
         self._heard_at = self._stepped_at = self._clock.monotonic()
         life: asyncio.Future[_End] = loop.create_future()
@@ -204,12 +218,7 @@ class SupervisedEngine:
         if self.state == "ready":
             self._set_state("restarting")
         connection.close()
-        if not await child.end(end.grace_seconds):
-            end = _End(end.kind, f"process {child.pid} is stuck in the kernel and cannot be killed", permanent=True)
-        end = _End(end.kind, end.detail or child.describe_exit(), end.permanent)
-        self._connection = self._life = self.pid = None
-        self._record_end(end, child.pid, lost_at)
-        return end
+        return end, lost_at
 
     def _record_end(self, end: _End, pid: int, lost_at: float) -> None:
         self._report(end.kind, end.detail or "", pid)

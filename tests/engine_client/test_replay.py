@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_engine import STATS, ModelEngine
 
-from appliance.engine.generation import OpenSequence
+from appliance.engine.generation import OpenSequence, Stage
 from appliance.engine.replay import MAX_SEQUENCE_ID, PROBE_TOKENS, SequenceTable
 from appliance.engine.wire import Abort, Finish, Rejected, SequenceEvent, StepOutput, pack_ids
 from appliance.errors import ContextLengthExceeded, DeadlineExceeded, EngineFailed, Unavailable
@@ -64,6 +64,33 @@ async def test_everything_ready_comes_at_once() -> None:
     assert (delta.logprobs, delta.error, generation.num_cached_tokens) == (None, None, 3)
     again = await generation.next()
     assert (again.token_ids, again.finish_reason) == ([], "length")
+
+
+@pytest.mark.parametrize("announce", [True, False])
+async def test_cached_tokens_are_those_of_the_first_prefill(announce: bool) -> None:
+    """num_cached_tokens comes from the first "scheduled", also when it arrives with the first token, and a replay does not change it."""
+    table, engine = started(announce=announce)
+    generation = table.submit(request(1, 5), 0.0, restarting=False)
+    engine.step(1.0)
+    assert generation.num_cached_tokens == 3
+    generation.num_cached_tokens = 2
+    table.detach(2.0, "x")
+    drain(table, attach(table, announce=announce))
+    assert generation.num_cached_tokens == 2
+
+
+async def test_a_token_under_way_does_not_hide_a_preemption() -> None:
+    """A token that arrives after its sequence was preempted is delivered; the sequence counts as out of the batch until it is resumed."""
+    table, engine = started()
+    generation = table.submit(request(1, 5), 0.0, restarting=False)
+    engine.step(1.0)
+    table.on_events((SequenceEvent(generation.sequence_id, "preempted", 1.0, 1),))
+    engine.step(1.1)
+    assert generation.stage == Stage.PREEMPTED
+    assert (await generation.next()).token_ids == tokens_of(1, 2)
+    table.on_events((SequenceEvent(generation.sequence_id, "resumed", 1.2),))
+    engine.step(1.3)
+    assert (generation.stage, generation.settled) == (Stage.RUNNING, True)
 
 
 async def test_a_cancelled_next_loses_no_token() -> None:
@@ -341,7 +368,7 @@ async def test_innocent_suspects_run_alone_shortly_and_then_together() -> None:
         engine.step(1.0)
         table.detach(2.0, "x")
         engine = attach(table)
-    assert table.submit(request(9), 3.0, restarting=False).stage == 0, "newcomers wait for the probes"
+    assert table.submit(request(9), 3.0, restarting=False).stage is Stage.HELD, "newcomers wait for the probes"
     drain(table, engine)
     assert engine.alone_log == [3, 2, 1]
     probe = engine.submits[0]
@@ -478,10 +505,10 @@ async def _act(kind: str, entry: tuple[int, int, OpenSequence, Collected, list[i
     if kind == "abort":
         generation.abort()
     elif kind == "finish":
-        if generation.stage != 4 and cut_at[0] is None:
+        if generation.stage is not Stage.ENDED and cut_at[0] is None:
             cut_at[0] = max(len(collected.token_ids), value)
         generation.finish(max(len(collected.token_ids), value))
-    elif generation._times or generation._events or generation.stage == 4:
+    elif generation._times or generation._events or generation.stage is Stage.ENDED:
         collected.add(await generation.next())
 
 

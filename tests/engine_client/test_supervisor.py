@@ -17,8 +17,9 @@ from engine_harness import FAST, Harness, collect, gone, harness, request
 from fake_engine import expected_tokens
 
 from appliance.clock import SystemClock
+from appliance.engine.client import SequenceRequest
 from appliance.engine.supervisor import SupervisedEngine
-from appliance.engine.wire import Start
+from appliance.engine.wire import Sampling, Start
 from appliance.errors import ContextLengthExceeded, EngineFailed, Unavailable
 from appliance.events import StepStats
 
@@ -209,6 +210,20 @@ async def test_a_faulty_observer_harms_nothing(tmp_path: Path, caplog: pytest.Lo
         assert (await collect(h.engine.submit(request(1, 5)))).token_ids == tokens_of(1, 5)
     assert "the observer failed on a step" in caplog.text
     assert "crashed" not in h.observer.kinds()
+
+
+async def test_a_flood_of_long_prompts_waits_its_turn(tmp_path: Path) -> None:
+    """Megabytes of prompts go out as the engine reads them: what is encoded but unsent stays bounded, and all are served."""
+    async with harness(tmp_path, {"rest": {"context_length": 100_000, "step_seconds": 0.02}}) as h:
+        prompt_ids = list(range(1, 60_001))
+        sampling = Sampling(max_tokens=1, seed=1)
+        generations = [h.engine.submit(SequenceRequest(prompt_ids=prompt_ids, sampling=sampling)) for _ in range(24)]
+        connection = h.engine._connection
+        assert connection is not None
+        assert sum(map(len, connection._pending)) < 2 * len(prompt_ids) * 4 + 1_100_000
+        assert not connection.writable
+        for generation in generations:
+            assert (await collect(generation)).token_ids == expected_tokens(prompt_ids, 1, 1)
 
 
 async def test_an_empty_server_restarts_its_engine_too(tmp_path: Path) -> None:
