@@ -9,7 +9,7 @@ from aiohttp import web
 from appliance.api import chat, completions, openapi, status, tokenization
 from appliance.api.context import SERVICES
 from appliance.api.middleware import add_request_id, serve
-from appliance.api.plan import TEXT_POOL
+from appliance.api.off_loop import TEXT_POOL
 from appliance.api.services import Services
 
 _NUM_TEXT_THREADS = 2  # tokenizing releases the GIL; more threads would only take cores from the engine

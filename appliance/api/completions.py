@@ -12,7 +12,8 @@ from appliance.api.body import read_request
 from appliance.api.context import EXCHANGE, SERVICES
 from appliance.api.generation import Piece
 from appliance.api.logprobs import completion_logprobs
-from appliance.api.plan import TEXT_POOL, Plan, build_plan, off_loop, refuse_unsupported
+from appliance.api.off_loop import TEXT_POOL, off_loop
+from appliance.api.plan import Plan, build_plan, refuse_unsupported
 from appliance.api.reply import reply
 from appliance.api.schema import CompletionRequest, completion_decoder
 from appliance.api.services import Services

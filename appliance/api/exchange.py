@@ -38,7 +38,6 @@ class Exchange:
         self.model = services.model_name
         self.key_id = ""
         self.stream = False
-        self.admitted = False
         self.num_choices = 1
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
@@ -153,7 +152,7 @@ class Exchange:
             seed=self.seed,
             max_tokens=self.max_tokens,
         )
-        if error is not None and error.status in (429, 503) and not self.admitted:
+        if error is not None and error.status in (429, 503) and self._ttft is None:  # the engine's own refusal included
             self._services.observer.on_rejected(error.code or error.type)
         self._services.observer.on_request(record)
         self._services.on_record(record)

@@ -36,7 +36,7 @@ class Piece:
     token_ids: list[int]
     scores: list[TokenScore] | None
     finish_reason: str | None  # stop or length; None while it goes on
-    stop_reason: str | int | None = None  # the stop string or stop token id
+    stop_reason: str | int | None = None  # the stop string or the stop token id that the client named; None for the model's own end
 
 
 class Choices:
@@ -57,8 +57,7 @@ class Choices:
             self._exchange.submitted(generation)
             detokenizer = Detokenizer(services.text.tokenizer, stop=plan.stop, include_stop=plan.include_stop, skip_special=plan.skip_special)
             stop_ids = frozenset(request.sampling.stop_token_ids)
-            self._choices.append(_Choice(index, generation, detokenizer, stop_ids, plan.include_stop))
-        self._exchange.admitted = True
+            self._choices.append(_Choice(index, generation, detokenizer, stop_ids, plan))
         services.observer.on_admitted(plan.num_prompt_tokens, sum(request.sampling.max_tokens for request in plan.requests))
 
     async def pieces(self) -> AsyncIterator[list[Piece]]:
@@ -121,15 +120,16 @@ class Choices:
 class _Choice:
     """One sequence and its text."""
 
-    __slots__ = ("_detokenizer", "_include_stop", "_stop_ids", "done", "generation", "index")
+    __slots__ = ("_detokenizer", "_include_stop", "_named_stop_ids", "_stop_ids", "done", "generation", "index")
 
-    def __init__(self, index: int, generation: Generation, detokenizer: Detokenizer, stop_ids: frozenset[int], include_stop: bool) -> None:
+    def __init__(self, index: int, generation: Generation, detokenizer: Detokenizer, stop_ids: frozenset[int], plan: Plan) -> None:
         self.index = index
         self.generation = generation
         self.done = False
         self._detokenizer = detokenizer
         self._stop_ids = stop_ids
-        self._include_stop = include_stop
+        self._include_stop = plan.include_stop
+        self._named_stop_ids = plan.named_stop_ids
 
     def take(self, delta: Delta) -> Piece | None:
         """The piece in `delta`; None for one without tokens or end. Tells the engine when a stop string ended the text."""
@@ -152,7 +152,7 @@ class _Choice:
         self.done = True
         text += detokenizer.flush()
         reason = "length" if delta.finish_reason == "length" else "stop"
-        return Piece(self.index, text, ids, scores, reason, stop_id if reason == "stop" else None)
+        return Piece(self.index, text, ids, scores, reason, stop_id if stop_id in self._named_stop_ids else None)
 
 
 async def _pump(choice: _Choice, ready: list[tuple[_Choice, Delta]], wake: asyncio.Event) -> None:

@@ -44,7 +44,10 @@ async def serve(request: web.Request, handler: Handler) -> web.StreamResponse:
     except ApplianceError as error:
         return error_response(error)
     if _route(request) not in GENERATION_ROUTES or request.method != "POST":
-        return await _answer(request, handler)
+        try:
+            return await _answer(request, handler)
+        except (ConnectionError, ClientGone):
+            return _hang_up(request)
     exchange = Exchange(services, request_id=request_id, client_request_id=client_id, endpoint=request.path, received_at=received_at)
     exchange.key_id = request[KEY_ID]
     request[EXCHANGE] = exchange
@@ -59,9 +62,12 @@ async def serve(request: web.Request, handler: Handler) -> web.StreamResponse:
         await response.write_eof()
         exchange.written(exchange.num_unwritten_tokens)
         return response
-    except (asyncio.CancelledError, ConnectionError, ClientGone) as error:
+    except asyncio.CancelledError as error:
         exchange.error = _why_cut(request, error)
         raise
+    except (ConnectionError, ClientGone) as error:
+        exchange.error = _why_cut(request, error)
+        return _hang_up(request)
     finally:
         exchange.close(status)
         services.drain.leave()
@@ -72,6 +78,7 @@ async def add_request_id(request: web.Request, response: web.StreamResponse) -> 
     response.headers["X-Request-Id"] = request.get(REQUEST_ID, "")
     if request.app[SERVICES].drain.draining:
         response.force_close()
+        response.headers["Connection"] = "close"  # aiohttp wrote its own before this signal
 
 
 async def _answer(request: web.Request, handler: Handler, exchange: Exchange | None = None) -> web.StreamResponse:
@@ -137,6 +144,16 @@ def _of_http(request: web.Request, http: web.HTTPException) -> ApplianceError:
     if http.status < 500:
         return InvalidRequest(http.reason)
     return ApplianceError(http.reason)
+
+
+def _hang_up(request: web.Request) -> web.Response:
+    """For a client that left: closes what is left of the connection; aiohttp then fails to write the response, in silence.
+
+    Raised instead, the error would be logged as a fault of the server.
+    """
+    if request.transport is not None:
+        request.transport.abort()
+    return error_response(ClientGone("the client disconnected before its reply was complete"))
 
 
 def _why_cut(request: web.Request, error: BaseException) -> ApplianceError:

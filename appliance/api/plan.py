@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
-
-from aiohttp import web
 
 from appliance.api import admission
 from appliance.api.exchange import Exchange
@@ -19,10 +14,6 @@ from appliance.engine.client import SequenceRequest
 from appliance.engine.wire import Ready
 from appliance.errors import InvalidRequest
 
-T = TypeVar("T")
-INLINE_CHARACTERS = 2000  # about 0.5 ms of templating and tokenizing: below the cost of a detour through a thread and its wake-ups
-TEXT_POOL = web.AppKey("text_pool", ThreadPoolExecutor)
-
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -31,18 +22,12 @@ class Plan:
     requests: tuple[SequenceRequest, ...]
     num_prompt_tokens: int  # every prompt counted once
     stop: tuple[str, ...]
+    named_stop_ids: frozenset[int]  # the client's own
     include_stop: bool
     skip_special: bool
     stream: bool
     include_usage: bool
     return_token_ids: bool
-
-
-async def off_loop(pool: ThreadPoolExecutor, size: int, work: Callable[[], T]) -> T:
-    """The result of `work`, computed on a thread if `size` characters are worth it: the event loop serves every other stream meanwhile."""
-    if size <= INLINE_CHARACTERS:
-        return work()
-    return await asyncio.get_running_loop().run_in_executor(pool, work)
 
 
 def refuse_unsupported(fields: SamplingFields) -> None:
@@ -101,6 +86,7 @@ def build_plan(
         requests=tuple(requests),
         num_prompt_tokens=num_prompt_tokens,
         stop=admission.stop_strings(fields),
+        named_stop_ids=frozenset(fields.stop_token_ids or ()),
         include_stop=bool(fields.include_stop_str_in_output),
         skip_special=fields.skip_special_tokens is not False,
         stream=bool(fields.stream),

@@ -10,7 +10,7 @@ from appliance.api.admission import check_model
 from appliance.api.body import read_request
 from appliance.api.chat import tokenize_chat
 from appliance.api.context import SERVICES
-from appliance.api.plan import TEXT_POOL, off_loop
+from appliance.api.off_loop import TEXT_POOL, off_loop
 from appliance.api.schema import ChatRequest, TokenizeRequest, detokenize_decoder, tokenize_decoder
 from appliance.api.status import json_response
 from appliance.errors import InvalidRequest

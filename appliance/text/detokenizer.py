@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
+from functools import lru_cache
 
 from appliance.text.tokenizer import Tokenizer
 
@@ -20,13 +21,14 @@ class Detokenizer:
     depend on how its tokens were grouped: the stop string that ends first wins; of those that end together, the one that starts first.
     """
 
-    __slots__ = ("_decoder", "_held", "_include_stop", "_longest", "_stops", "_table", "num_tokens", "stop_reason")
+    __slots__ = ("_decoder", "_held", "_include_stop", "_prefixes", "_stops", "_table", "num_tokens", "stop_reason")
 
     def __init__(self, tokenizer: Tokenizer, *, stop: Sequence[str] = (), include_stop: bool = False, skip_special: bool = True) -> None:
         self._table = tokenizer.token_bytes(skip_special=skip_special)
         self._decoder = _new_decoder("replace")
         self._stops = tuple(stop)
-        self._longest = max(map(len, self._stops), default=0)
+        # Proper prefixes of the stop strings, longest first by length: what a text may end with and still become one.
+        self._prefixes = _prefixes_by_length(self._stops)
         self._include_stop = include_stop
         self._held = ""
         self.num_tokens = 0  # pushed; once stopped, up to and including the one that completed the stop string
@@ -74,8 +76,14 @@ class Detokenizer:
 
     def _suffix_that_may_stop(self, text: str) -> int:
         """Length of the longest proper prefix of a stop string with which `text` ends."""
-        for length in range(min(self._longest - 1, len(text)), 0, -1):
-            suffix = text[-length:]
-            if any(stop.startswith(suffix) for stop in self._stops):
-                return length
+        for last, prefix in self._prefixes:
+            if text[-1] == last and text.endswith(prefix):
+                return len(prefix)
         return 0
+
+
+@lru_cache(maxsize=256)
+def _prefixes_by_length(stops: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """(last character, prefix) of every proper prefix, longest first."""
+    prefixes = {stop[:length] for stop in stops for length in range(1, len(stop))}
+    return tuple((prefix[-1], prefix) for prefix in sorted(prefixes, key=len, reverse=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -48,8 +49,6 @@ class FakeGeneration:
     """One sequence whose deltas a test scripts. Keeps what its handler did with it."""
 
     def __init__(self, request: SequenceRequest, sequence_id: int) -> None:
-        import asyncio
-
         self.request = request
         self.sequence_id = sequence_id
         self.num_cached_tokens = 0
@@ -157,8 +156,17 @@ class Observer:
         self.records.append(record)
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the event loop run until `condition` holds; the test's own timeout is the limit."""
+    while not condition():  # noqa: ASYNC110 - conditions of fakes that have no event
+        await asyncio.sleep(0.001)
+
+
 class Server:
     """The running server, its fakes and a client session."""
+
+    say = staticmethod(say)
+    until = staticmethod(until)
 
     def __init__(self, services: Services, session: ClientSession, url: str, records: list[RequestRecord]) -> None:
         self.services = services
@@ -178,6 +186,17 @@ class Server:
         """(status, parsed body, headers) of a GET."""
         async with self.session.get(self.url + path, headers=headers) as response:
             return response.status, await response.json(), response.headers
+
+    async def generation(self, index: int = 0) -> FakeGeneration:
+        """The sequence of the index-th submission, as soon as it was made."""
+        await until(lambda: len(self.engine.generations) > index)
+        return self.engine.generations[index]
+
+    async def record(self, number: int = 1) -> RequestRecord:
+        """The newest of `number` records, as soon as there are so many."""
+        await until(lambda: len(self.records) >= number)
+        assert len(self.records) == number
+        return self.records[-1]
 
     async def events(self, path: str, body: Any) -> list[Any]:
         """The events of a stream; the last is the string [DONE] if it was sent."""
@@ -221,7 +240,7 @@ async def start_server() -> AsyncIterator[StartServer]:
         runners.append(runner)
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
-        url = "http://127.0.0.1:%d" % runner.addresses[0][1]
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         session = ClientSession()
         sessions.append(session)
         return Server(services, session, url, records)
