@@ -90,7 +90,7 @@ def _compile(source: str | None, tokenizer: Tokenizer, override: Path | None, or
 
 
 def _end_ids(tokenizer: Tokenizer, template: ChatTemplate | None, named: Iterable[Any]) -> tuple[int, ...]:
-    ids = {token_id for token_id in named if isinstance(token_id, int) and token_id >= 0}
+    ids = {token_id for token_id in named if type(token_id) is int and token_id >= 0}
     if tokenizer.eos_id is not None:
         ids.add(tokenizer.eos_id)
     for token in _TURN_ENDS if template is not None else ():
