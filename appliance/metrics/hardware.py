@@ -121,11 +121,10 @@ class HardwareReader:
 
     def _engine_process(self) -> psutil.Process | None:
         pid = self._engine_pid()
-        if pid is None:
+        if self._engine is None or self._engine.pid != pid:
             self._engine = None
-        elif self._engine is None or self._engine.pid != pid:
-            with contextlib.suppress(psutil.Error):
-                self._engine = psutil.Process(pid)
+            with contextlib.suppress(psutil.Error):  # gone before we looked
+                self._engine = psutil.Process(pid) if pid is not None else None
         return self._engine
 
     def _disk_free(self) -> int | None:

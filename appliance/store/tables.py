@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from sqlalchemy import JSON, BigInteger, Double, ForeignKey, Index, Integer, MetaData, String, Text, UniqueConstraint
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 # BIGINT that still auto-increments in SQLite, where only INTEGER PRIMARY KEY does
 _Serial = BigInteger().with_variant(Integer(), "sqlite")
@@ -172,6 +172,8 @@ class OutboxRow(Base):
     next_attempt_wall: Mapped[float]
     last_status: Mapped[int | None] = mapped_column(Integer)
     last_error: Mapped[str | None] = mapped_column(Text)
+    # for the order of inserts in one session; never loaded by itself
+    decision: Mapped[ScaleDecisionRow] = relationship(lazy="raise")
 
 
 class DeliveryRow(Base):
@@ -189,6 +191,7 @@ class DeliveryRow(Base):
     duration_seconds: Mapped[float]
     status: Mapped[int | None] = mapped_column(Integer)  # HTTP status; None where no answer came
     error: Mapped[str | None] = mapped_column(Text)
+    signal: Mapped[OutboxRow] = relationship(lazy="raise")
 
 
 class EngineEventRow(Base):

@@ -1,0 +1,104 @@
+"""Readings of host, processes and GPUs: complete where the machine offers them, None where it does not, never an exception."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from appliance.clock import ManualClock
+from appliance.metrics.hardware import HardwareReader, detect_device
+from appliance.metrics.nvml import Nvml
+
+
+def test_gpu_values_are_in_base_units(fake_nvml: Any) -> None:
+    """Milliwatts become watts, millijoules joules, megahertz hertz, percent shares; reasons are named; what is not supported is None."""
+    first, second = Nvml(fake_nvml, None).read()
+    assert (first.name, first.uuid, first.utilisation, first.memory_utilisation) == ("NVIDIA H100", "GPU-handle0", 0.75, 0.4)
+    assert (first.power_watts, first.energy_joules, first.temperature_celsius) == (350.0, 5000.0, 60)
+    assert (first.sm_clock_hertz, first.memory_clock_hertz) == (1.98e9, 2.619e9)
+    assert (first.memory_used_bytes, first.memory_bytes) == (10 << 30, 80 << 30)
+    assert first.throttle_reasons == {"hw_thermal"}
+    assert (second.index, second.energy_joules, second.throttle_reasons, second.power_watts) == (1, None, frozenset(), 350.0)
+
+
+def test_xid_errors_are_counted_by_gpu(fake_nvml: Any) -> None:
+    """Each error that the driver reports counts once, for its GPU."""
+    nvml = Nvml(fake_nvml, None)
+    assert fake_nvml.registered == ["handle0", "handle1"]
+    fake_nvml.xid += ["handle1", "handle1", "handle0"]
+    assert [gpu.num_xid_errors for gpu in nvml.read()] == [1, 2]
+    assert [gpu.num_xid_errors for gpu in nvml.read()] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("visible", "indices"),
+    [(None, [0, 1]), ("1", [1]), ("0,1", [0, 1]), ("GPU-handle1", [1]), ("", []), ("-1", []), ("NoDevFiles", []), ("1,-1,0", [1])],
+)
+def test_only_visible_gpus_are_read(visible: str | None, indices: list[int], fake_nvml: Any) -> None:
+    """CUDA_VISIBLE_DEVICES decides, by CUDA's own rule."""
+    assert [gpu.index for gpu in Nvml(fake_nvml, visible).read()] == indices
+
+
+def test_no_driver_means_no_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine without GPU `open` answers None."""
+    import pynvml
+
+    def missing() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", missing)
+    assert Nvml.open() is None
+
+
+def test_device_detection(fake_nvml: Any) -> None:
+    """A GPU is taken when asked for, or when there is one and nothing else was asked for."""
+    nvml = Nvml(fake_nvml, None)
+    assert [detect_device(setting, nvml) for setting in ("auto", "cpu", "cuda")] == ["cuda", "cpu", "cuda"]
+    assert [detect_device(setting, None) for setting in ("auto", "cpu", "cuda")] == ["cpu", "cpu", "cuda"]
+
+
+def test_host_and_processes_are_read(tmp_path: Path) -> None:
+    """This machine and this process have plausible numbers; an engine that is not there, or has just ended, has none."""
+    pid: list[int | None] = [os.getpid()]
+    reader = HardwareReader(clock=ManualClock(), state_dir=tmp_path, engine_pid=lambda: pid[0])
+    reading = reader.read()
+    assert 1 <= reading.num_cpus <= (os.cpu_count() or 1)
+    assert 0 <= reading.cpu_utilisation <= 1
+    assert 0 < reading.memory_used_bytes < reading.memory_bytes
+    assert reading.disk_free_bytes is not None
+    assert reading.server is not None
+    assert reading.server.resident_bytes > 1 << 20
+    assert reading.engine is not None
+    assert reading.engine.num_threads >= 1
+    pid[0] = 2**22 + 1  # over the kernel's largest pid
+    assert reader.read().engine is None
+    pid[0] = None
+    assert reader.read().engine is None
+    assert HardwareReader(clock=ManualClock(), state_dir=tmp_path / "gone").read().disk_free_bytes is None
+
+
+def test_the_thread_reads_and_survives_failures(tmp_path: Path, fake_nvml: Any) -> None:
+    """Readings go on after one that failed, and `stop` ends the thread and lets go of the driver."""
+    calls: list[int] = []
+    read_twice = threading.Event()
+
+    def engine_pid() -> int | None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("a reading that fails")
+        if len(calls) == 3:
+            read_twice.set()
+        return None
+
+    reader = HardwareReader(clock=ManualClock(), state_dir=tmp_path, engine_pid=engine_pid, nvml=Nvml(fake_nvml, None), period_seconds=0.001)
+    reader.start()
+    assert read_twice.wait(20)
+    reader.stop()
+    assert reader.latest is not None
+    assert len(reader.latest.gpus) == 2
+    assert fake_nvml.closed
+    assert not any(thread.name == "hardware-reader" for thread in threading.enumerate())
