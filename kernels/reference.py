@@ -1,0 +1,260 @@
+"""Every kernel in plain torch: the oracle of the others, and the fallback of a machine without a compiler.
+
+Arithmetic is float32 inside each operation and rounded once at its end. Nothing synchronises with a CUDA device but attention over chunks and
+sampling, which read sizes on the host; so on CUDA these kernels are for tests, not for graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from appliance.kernels import ops as k
+from appliance.kernels.gguf_blocks import dequantize
+from appliance.kernels.reference_sampling import sample
+
+_GATHER_ELEMENTS: Final = 1 << 26  # key elements that one batched decode gathers at most; beyond it the decodes go in groups
+
+
+class DenseLinear:
+    """x @ weight.T + bias. `weight` [out, in] may be shared with an embedding table."""
+
+    __slots__ = ("bias", "weight")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight = weight
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+
+def make_linear(
+    parts: Sequence[k.WeightSource], bias: Tensor | None, *, device: torch.device, dtype: torch.dtype, quantization: str
+) -> tuple[k.Linear, int]:
+    """See Ops.make_linear. Always dense: quantised parts widen to dtype; one dense part of that device and dtype is used as it is."""
+    if quantization not in ("auto", "none"):
+        raise ValueError(f"the plain-torch kernels know no {quantization} weights; use quantization auto or none")
+    dense = [dequantize(part, dtype).to(device) if isinstance(part, k.GgufTensor) else part.to(device, dtype) for part in parts]
+    weight = dense[0] if len(dense) == 1 else torch.cat(dense)
+    bias = None if bias is None else bias.to(device, dtype)
+    num_bytes = weight.nbytes + (0 if bias is None else bias.nbytes)
+    return DenseLinear(weight.contiguous(), bias), num_bytes
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467)."""
+    wide = x.to(torch.float32)
+    normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return (normed * weight.to(torch.float32)).to(x.dtype)
+
+
+def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """Rotary embedding of float32 x [T, H, D] by cos_sin [T, W] (arXiv 2104.09864): the first W of D are turned, halves against each other."""
+    width = cos_sin.shape[1]
+    cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=2)
+    first, second, rest = x[..., : width // 2], x[..., width // 2 : width], x[..., width:]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+
+
+def store_kv(values: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
+    """cache[slot] = values[t] for values [T, Hkv, D]; negative slots are left out without reading the mapping on the host.
+
+    A token without a slot repeats the write of the first one that has a slot; where none has, block 0's first slot is written with itself.
+    """
+    if not slot_mapping.numel():
+        return
+    valid = slot_mapping >= 0
+    source = torch.where(valid, torch.arange(slot_mapping.shape[0], device=valid.device), valid.int().argmax())
+    slots = slot_mapping.index_select(0, source).clamp(min=0)
+    block_size = cache.shape[2]
+    blocks, offsets = slots // block_size, slots % block_size
+    stored = torch.where(valid.any(), values.index_select(0, source).to(cache.dtype), cache[:1, :, 0])
+    cache[blocks, :, offsets] = stored
+
+
+def decode_attention(q: Tensor, key_cache: Tensor, value_cache: Tensor, batch: k.AttentionBatch, scale: float, sliding_window: int | None) -> Tensor:
+    """Attention of the batch's decodes, q [num_decodes, Hq, D]; returns the same shape. One gather of all contexts, padded to the longest."""
+    lens = batch.context_lens[: batch.num_decodes]
+    longest = int(lens.max()) if lens.device.type == "cpu" else batch.max_context_len
+    span = longest if sliding_window is None else min(longest, sliding_window + key_cache.shape[2])
+    group = max(1, _GATHER_ELEMENTS // max(1, span * key_cache.shape[1] * key_cache.shape[3]))
+    out = torch.empty_like(q)
+    for start in range(0, batch.num_decodes, group):
+        part = slice(start, min(start + group, batch.num_decodes))
+        out[part] = _decode_group(q[part], key_cache, value_cache, batch.block_tables, batch.rows[part], lens[part], span, scale, sliding_window)
+    return out
+
+
+def _decode_group(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    rows: Tensor,
+    lens: Tensor,
+    span: int,
+    scale: float,
+    sliding_window: int | None,
+) -> Tensor:
+    num, num_heads, head_dim = q.shape
+    num_kv_heads, block_size = key_cache.shape[1], key_cache.shape[2]
+    lens = lens.long()
+    oldest = torch.zeros_like(lens) if sliding_window is None else (lens - sliding_window).clamp(min=0)  # first visible position
+    base = oldest // block_size
+    columns = base.unsqueeze(1) + torch.arange(max(1, -(-span // block_size)), device=q.device)
+    tables = block_tables.index_select(0, rows.long())
+    blocks = tables.gather(1, columns.clamp(max=tables.shape[1] - 1))
+    keys, values = (_gather(cache, blocks) for cache in (key_cache, value_cache))
+    positions = (base * block_size).unsqueeze(1) + torch.arange(keys.shape[2], device=q.device)
+    visible = (positions >= oldest.unsqueeze(1)) & (positions < lens.unsqueeze(1))
+    grouped = q.to(torch.float32).reshape(num, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    out = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=visible[:, None, None], scale=scale)
+    return torch.where(lens[:, None, None, None] > 0, out, 0.0).reshape(num, num_heads, head_dim).to(q.dtype)
+
+
+def chunk_attention(
+    q: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, context_len: int, scale: float, sliding_window: int | None
+) -> Tensor:
+    """Attention of one sequence's chunk, q [L, Hq, D], whose tokens are the last L of its context; returns the same shape."""
+    length, num_heads, _ = q.shape
+    num_kv_heads, block_size = key_cache.shape[1], key_cache.shape[2]
+    first = context_len - length
+    oldest = 0 if sliding_window is None else max(0, first - sliding_window + 1)
+    base = oldest // block_size
+    blocks = block_table[base : -(-context_len // block_size)].long().unsqueeze(0)
+    keys, values = (_gather(cache, blocks)[:, :, : context_len - base * block_size] for cache in (key_cache, value_cache))
+    mask = None
+    if first > 0 or sliding_window is not None:
+        key_positions = torch.arange(base * block_size, context_len, device=q.device)
+        query_positions = torch.arange(first, context_len, device=q.device).unsqueeze(1)
+        mask = key_positions <= query_positions
+        if sliding_window is not None:
+            mask &= key_positions > query_positions - sliding_window
+    out = functional.scaled_dot_product_attention(
+        q.to(torch.float32).transpose(0, 1).unsqueeze(0),
+        keys,
+        values,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=num_heads != num_kv_heads,
+    )
+    return out.squeeze(0).transpose(0, 1).to(q.dtype)
+
+
+def _gather(cache: Tensor, blocks: Tensor) -> Tensor:
+    """Blocks [N, m] of one cache as float32 [N, Hkv, m * block_size, D]."""
+    _, num_kv_heads, block_size, head_dim = cache.shape
+    picked = cache.index_select(0, blocks.reshape(-1)).reshape(*blocks.shape, num_kv_heads, block_size, head_dim)
+    return picked.transpose(1, 2).reshape(blocks.shape[0], num_kv_heads, -1, head_dim).to(torch.float32)
+
+
+class ReferenceOps:
+    """The plain-torch implementation of `ops.Ops`."""
+
+    name = "reference"
+
+    def make_linear(
+        self, parts: Sequence[k.WeightSource], bias: Tensor | None, *, device: torch.device, dtype: torch.dtype, quantization: str
+    ) -> tuple[k.Linear, int]:
+        return make_linear(parts, bias, device=device, dtype=dtype, quantization=quantization)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return rms_norm(x, weight, eps)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        residual.add_(x)
+        return rms_norm(residual, weight, eps)
+
+    def rope_store_kv(
+        self,
+        qkv: Tensor,
+        cos_sin: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        batch: k.AttentionBatch,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        num_kv_heads, head_dim = key_cache.shape[1], key_cache.shape[3]
+        heads = qkv.view(qkv.shape[0], -1, head_dim)
+        q, key, value = torch.split(heads, [heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
+        q, key = q.to(torch.float32), key.to(torch.float32)
+        q = q if q_norm is None else rms_norm(q, q_norm, eps)
+        key = key if k_norm is None else rms_norm(key, k_norm, eps)
+        angles = cos_sin.index_select(0, batch.positions.long())
+        store_kv(rotate(key, angles), key_cache, batch.slot_mapping)
+        store_kv(value, value_cache, batch.slot_mapping)
+        return rotate(q, angles).to(qkv.dtype)
+
+    def attention(
+        self, q: Tensor, key_cache: Tensor, value_cache: Tensor, batch: k.AttentionBatch, scale: float, sliding_window: int | None
+    ) -> Tensor:
+        out = torch.zeros_like(q)
+        num_decodes = batch.num_decodes
+        if num_decodes:
+            out[:num_decodes] = decode_attention(q[:num_decodes], key_cache, value_cache, batch, scale, sliding_window)
+        if num_decodes < batch.rows.shape[0]:
+            starts = batch.query_start[num_decodes:].tolist()
+            lens, rows = batch.context_lens[num_decodes:].tolist(), batch.rows[num_decodes:].tolist()
+            for start, end, context_len, row in zip(starts, starts[1:], lens, rows, strict=False):
+                if end > start and context_len:
+                    out[start:end] = chunk_attention(
+                        q[start:end], key_cache, value_cache, batch.block_tables[row], context_len, scale, sliding_window
+                    )
+        return out.flatten(1)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.to(torch.float32).chunk(2, dim=-1)
+        return (functional.silu(gate) * up).to(gate_up.dtype)
+
+    def prepare_inputs(self, state: k.RowState, step: k.StepInput, batch: k.AttentionBatch, block_size: int) -> None:
+        num_decodes, num_tokens = step.num_decodes, batch.input_ids.shape[0]
+        rows = step.rows.long()
+        batch.rows.copy_(step.rows)
+        ends = num_decodes + step.chunk_lens.cumsum(0)
+        batch.query_start[: num_decodes + 1] = torch.arange(num_decodes + 1, device=rows.device)
+        batch.query_start[num_decodes + 1 :] = ends
+        decode_params = state.params.index_select(0, rows[:num_decodes])
+        batch.context_lens[:num_decodes] = decode_params[:, k.NUM_TOKENS]
+        batch.context_lens[num_decodes:] = torch.where(step.chunk_lens > 0, step.chunk_starts + step.chunk_lens, 0)
+        batch.logit_index.copy_(torch.where(batch.context_lens > 0, batch.query_start[1:] - 1, 0))
+
+        tokens = torch.arange(num_decodes, num_tokens, device=rows.device)
+        chunk = torch.searchsorted(ends, tokens, right=True) if ends.numel() else tokens
+        owned = chunk < ends.shape[0]
+        chunk = chunk.clamp(max=max(0, ends.shape[0] - 1))
+        entries = torch.cat((torch.arange(num_decodes, device=rows.device), num_decodes + chunk))
+        behind = torch.cat((torch.ones_like(rows[:num_decodes]), (ends[chunk] - tokens) if ends.numel() else tokens))  # tokens from here to the end
+        valid = torch.cat((batch.context_lens[:num_decodes] > 0, owned))
+        positions = torch.where(valid, batch.context_lens.index_select(0, entries) - behind, 0)
+        ids = torch.cat((decode_params[:, k.LAST_ID], step.chunk_ids))
+        blocks = state.block_tables[rows.index_select(0, entries), positions // block_size].long()
+        batch.input_ids.copy_(torch.where(valid, ids, 0))
+        batch.positions.copy_(positions)
+        batch.slot_mapping.copy_(torch.where(valid, blocks * block_size + positions % block_size, -1))
+
+    def apply_updates(self, state: k.RowState, rows: Tensor, params: Tensor, blocks: Tensor) -> None:
+        state.params[rows.long()] = params
+        row, index, block = blocks.unbind(1)
+        state.block_tables[row.long(), index.long()] = block
+
+    def sample(self, logits: Tensor, batch: k.SamplingBatch) -> k.Sampled:
+        return sample(logits, batch)
+
+    def commit_sampled(self, state: k.RowState, step: k.StepInput, batch: k.AttentionBatch, token_ids: Tensor) -> None:
+        rows, counts = step.rows.long(), step.samples
+        params = state.params.index_select(0, rows)
+        drawn = counts > 0
+        params[:, k.LAST_ID] = torch.where(drawn, token_ids, params[:, k.LAST_ID])
+        params[:, k.NUM_TOKENS] = torch.where(drawn, batch.context_lens + 1, params[:, k.NUM_TOKENS])
+        params[:, k.OUTPUT_INDEX] += counts
+        state.params[rows] = params
+        if state.output_counts is not None:
+            state.output_counts.index_put_((rows, token_ids.long()), counts.to(state.output_counts.dtype), accumulate=True)
