@@ -68,6 +68,7 @@ class Database:
         if self.dialect == "sqlite":
             event.listen(self.engine.sync_engine, "connect", _prepare_sqlite)
             event.listen(self.engine.sync_engine, "begin", _begin_sqlite)
+        self.migrated = False  # the schema is known to be current
         self._writing = self.engine.execution_options(appliance_write=True)
 
     @asynccontextmanager
@@ -94,9 +95,11 @@ class Database:
         Alembic's own work blocks the event loop for some 0.1 s: call it before serving.
         """
         await self._run_alembic("upgrade", revision)
+        self.migrated = revision == "head"
 
     async def downgrade(self, revision: str) -> None:
         """Take the schema back to `revision` ("base" drops everything). Raises MigrationFailed."""
+        self.migrated = False
         await self._run_alembic("downgrade", revision)
 
     async def revision(self) -> str | None:

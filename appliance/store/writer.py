@@ -91,7 +91,7 @@ class StoreWriter:
         )
 
     def start(self) -> None:
-        """Begin to write; what an earlier run left in the spool comes first. Needs a running event loop and a migrated database."""
+        """Begin to write, what an earlier run left in the spool included. Needs a running event loop; migrates a database that was away."""
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name="store-writer")
 
@@ -202,6 +202,8 @@ class StoreWriter:
         started = time.perf_counter()
         try:
             async with asyncio.timeout(_FLUSH_SECONDS):
+                if not self._database.migrated:  # it was away when the server started
+                    await self._database.migrate()
                 try:
                     async with self._database.connection() as connection:
                         await self._insert(connection, rows)

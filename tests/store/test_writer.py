@@ -264,15 +264,26 @@ async def test_hostile_text_is_stored(database: Database, tmp_path: Path, make_r
 
 
 async def test_a_missing_table_loses_no_row(database: Database, tmp_path: Path, make_record: Record) -> None:
-    """A schema that is not there is the database's fault, not the row's: rows wait until it is."""
-    await database.downgrade("base")
+    """A table that is not there is the database's fault, not the row's: rows wait until it is."""
+    async with database.connection() as connection:
+        await connection.execute(text("ALTER TABLE requests RENAME TO elsewhere"))
     writer = _writer(database, tmp_path)
     writer.put_request(make_record(1))
     await writer.flush()
     assert (writer.stats.num_spooled_rows, writer.stats.num_refused_rows) == (1, 0)
-    await database.migrate()
+    async with database.connection() as connection:
+        await connection.execute(text("ALTER TABLE elsewhere RENAME TO requests"))
     await writer.flush()
     assert len(await _ids(database)) == 1
+
+
+async def test_a_database_that_was_away_at_the_start_is_migrated(empty_database: Database, tmp_path: Path, make_record: Record) -> None:
+    """The server may start without its database: once it is there, the writer brings the schema up to date before the first row."""
+    writer = _writer(empty_database, tmp_path)
+    writer.put_request(make_record(1))
+    await writer.flush()
+    assert len(await _ids(empty_database)) == 1
+    assert empty_database.migrated
 
 
 async def test_a_locked_sqlite_database_waits(tmp_path: Path, make_record: Record) -> None:
@@ -300,6 +311,7 @@ async def test_a_read_only_sqlite_database_spools(tmp_path: Path, make_record: R
     await database.close()
     shutil.copy(tmp_path / "a.db", tmp_path / "b.db")
     database = Database(f"sqlite+aiosqlite:///file:{tmp_path / 'b.db'}?mode=ro&uri=true")
+    database.migrated = True
     writer = _writer(database, tmp_path)
     writer.put_request(make_record(1))
     await writer.flush()
@@ -307,6 +319,7 @@ async def test_a_read_only_sqlite_database_spools(tmp_path: Path, make_record: R
     await database.close()
     database = Database(f"sqlite+aiosqlite:///{tmp_path / 'a.db'}")
     writer = _writer(database, tmp_path)
+    assert writer.stats.num_spooled_rows == 1
     await writer.flush()
     assert len(await _ids(database)) == 1
     await database.close()
