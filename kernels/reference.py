@@ -111,6 +111,8 @@ def _decode_group(
     blocks = tables.gather(1, columns.clamp(max=tables.shape[1] - 1))
     keys, values = (_gather(cache, blocks) for cache in (key_cache, value_cache))
     positions = (base * block_size).unsqueeze(1) + torch.arange(keys.shape[2], device=q.device)
+    for gathered in (keys, values):  # what lies past a context was never written and may be NaN, which no weight of 0 makes harmless
+        gathered.masked_fill_((positions >= lens.unsqueeze(1))[:, None, :, None], 0.0)
     visible = (positions >= oldest.unsqueeze(1)) & (positions < lens.unsqueeze(1))
     grouped = q.to(torch.float32).reshape(num, num_kv_heads, num_heads // num_kv_heads, head_dim)
     out = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=visible[:, None, None], scale=scale)

@@ -66,10 +66,6 @@ class ModelConfig:
         """Elements of K (or V) of one token in one layer."""
         return self.num_kv_heads * self.head_dim
 
-    def kv_bytes_per_token(self, element_bytes: int) -> int:
-        """Bytes that one token takes in the cache, all layers together."""
-        return 2 * self.num_layers * self.kv_heads_size * element_bytes
-
 
 def load_config(path: Path) -> ModelConfig:
     """The config of a Hugging Face folder (its config.json). Raises ModelError, naming file and field, where it cannot be served."""
