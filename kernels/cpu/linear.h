@@ -1,0 +1,83 @@
+// Integer linear layers: weights in tiles of 16 output features, activations quantised to int8 in groups of 32.
+//
+// y[t, r] = sum over groups g of  scale[r, g] * s[t, g] * sum_k q[r, k] x[t, k]  +  minimum[r, g] * s[t, g] * sum_k x[t, k]
+// with w = scale * q + minimum (GGUF's Q4_1 and, with minimum = -zero * scale, Q4_0 and Q8_0) and activation = s * x. Integer sums are exact, and a
+// token's result does not depend on which tokens are beside it.
+#pragma once
+#include <cstddef>
+
+#include "simd.h"
+#include "team.h"
+
+namespace cpu {
+
+constexpr int kGroup = 32;       // input features that share a scale
+constexpr int kTileRows = 16;    // output features of a tile
+constexpr int kBlockTokens = 16; // tokens of an activation block
+
+// Bytes of one group of a tile: float16 scales (and minima) of 16 rows, then the quants. For 4 bits, byte i of 64-byte line j holds, for row
+// i / 4, feature 4 j + i % 4 (low nibble) and feature 16 + 4 j + i % 4 (high); for 8 bits line j of 8 holds feature 4 j + i % 4, plus 128.
+enum Format : int32_t { kInt4Min = 0, kInt4 = 1, kInt8 = 2 };
+constexpr int kGroupBytes[] = {32 + 32 + 256, 32 + 256, 32 + 512};
+
+// 16 tokens of one group.
+struct alignas(64) ActGroup {
+  int8_t x[kBlockTokens][kGroup];
+  float scale[kBlockTokens];
+  float scaled_sum[kBlockTokens];  // scale * sum of x
+  int32_t offset[kBlockTokens];    // -128 * sum of x
+};
+
+struct Tile {
+  const uint8_t* data;
+  int32_t format;
+  int32_t first_row;
+  int32_t num_rows;  // 16, fewer in the last tile of a part
+  int32_t unused;
+};
+
+// As ctypes hands it over (linear.py).
+struct Linear {
+  const Tile* tiles;
+  const float* bias;  // or null
+  int32_t num_tiles;
+  int32_t in_features;
+  int32_t out_features;
+  int32_t unused;
+};
+
+inline size_t act_groups(int num_tokens, int in_features) {
+  return size_t((num_tokens + kBlockTokens - 1) / kBlockTokens) * (in_features / kGroup);
+}
+
+// Quantises 32 floats of token `t` (within its block) into `out`.
+void quantize_group(const float* x, ActGroup* out, int t);
+
+// Quantises row `token` of in_features floats into its block of `acts`.
+inline void quantize_row(const float* x, int in_features, ActGroup* acts, int token) {
+  int groups = in_features / kGroup;
+  ActGroup* block = acts + size_t(token / kBlockTokens) * groups;
+  for (int g = 0; g < groups; ++g) quantize_group(x + g * kGroup, block + g, token % kBlockTokens);
+}
+
+// out[t][0..16) for tokens [0, num_tokens <= 16) of the block at `acts`.
+void tile_product(const Tile& tile, const ActGroup* acts, int groups, int num_tokens, float (*out)[kTileRows]);
+
+// All tiles of `linear` for all tokens, shared by the team; epilogue(tile, first_token, num_tokens, values) sees each result once.
+template <class Epilogue>
+void share_tiles(Team& team, const Linear& linear, const ActGroup* acts, int num_tokens, Epilogue&& epilogue) {
+  int groups = linear.in_features / kGroup;
+  team.share(linear.num_tiles, std::min(team.piece(linear.num_tiles, 6), 8), [&](int begin, int end) {
+    alignas(64) float values[kBlockTokens][kTileRows];
+    for (int first = 0; first < num_tokens; first += kBlockTokens) {
+      int count = std::min(kBlockTokens, num_tokens - first);
+      const ActGroup* block = acts + size_t(first / kBlockTokens) * groups;
+      for (int i = begin; i < end; ++i) {
+        tile_product(linear.tiles[i], block, groups, count, values);
+        epilogue(linear.tiles[i], first, count, values);
+      }
+    }
+  });
+}
+
+}  // namespace cpu

@@ -1,0 +1,170 @@
+// All decoder layers of a step in one parallel region: what one token costs is then the weights' bytes, not calls and thread wake-ups.
+//
+// A layer: norm and quantise | qkv | rope, store | attention | quantise | output projection, added | norm and quantise | gate-up, silu, quantise |
+// down, added; a barrier at each bar. The residual stream and everything between is float32; only the cache has its own dtype.
+#include <memory>
+#include <vector>
+
+#include "attention.h"
+#include "elementwise.h"
+#include "linear.h"
+
+namespace cpu {
+
+struct Layer {
+  const Linear* qkv;
+  const Linear* output;
+  const Linear* gate_up;  // gate rows, then up rows
+  const Linear* down;
+  const float* attention_norm;
+  const float* mlp_norm;
+  const float* q_norm;  // or null
+  const float* k_norm;
+  void* keys;
+  void* values;
+  int32_t sliding_window;  // 0: none
+  int32_t unused;
+};
+
+namespace {
+
+template <class T>
+class Stack {
+ public:
+  Stack(const Layer* layers, int num_layers, const RopeShape& rope, const AttentionShape& attention, T* hidden)
+      : layers_(layers), num_layers_(num_layers), rope_(rope), attention_(attention), hidden_(hidden), tokens_(rope.num_tokens),
+        width_(layers[0].qkv->in_features), qkv_width_(layers[0].qkv->out_features), heads_width_(rope.num_heads * rope.head_dim),
+        inner_(layers[0].down->in_features) {
+    residual_.reset(new float[size_t(tokens_) * width_]);
+    qkv_.reset(new float[size_t(tokens_) * qkv_width_]);
+    q_.reset(new float[size_t(tokens_) * heads_width_]);
+    context_.reset(new float[size_t(tokens_) * heads_width_]());
+    acts_.reset(new ActGroup[act_groups(tokens_, std::max(width_, heads_width_))]);
+    inner_acts_.reset(new ActGroup[act_groups(tokens_, inner_)]);
+    for (int i = 0; i < num_layers; ++i) plan(layers[i].sliding_window);
+  }
+
+  void run(int num_threads) {
+    run_team(num_threads, [&](Team& team, int) {
+      team.share(tokens_, team.piece(tokens_, 4), [&](int begin, int end) {
+        for (size_t i = size_t(begin) * width_; i < size_t(end) * width_; i += kLanes) vstore(residual_.get() + i, vload(hidden_ + i));
+      });
+      team.barrier();
+      for (int i = 0; i < num_layers_; ++i) layer(team, layers_[i]);
+      team.share(tokens_, team.piece(tokens_, 4), [&](int begin, int end) {
+        for (size_t i = size_t(begin) * width_; i < size_t(end) * width_; i += kLanes) vstore(hidden_ + i, vload(residual_.get() + i));
+      });
+    });
+  }
+
+ private:
+  AttentionPlan& plan(int window) {
+    for (auto& [known, plan] : plans_)
+      if (known == window) return *plan;
+    AttentionShape shape = attention_;
+    shape.sliding_window = window;
+    plans_.emplace_back(window, std::make_unique<AttentionPlan>(shape));
+    return *plans_.back().second;
+  }
+
+  void norm(Team& team, const float* weight) {
+    team.share(tokens_, team.piece(tokens_, 4), [&](int begin, int end) {
+      std::vector<float> row(width_);
+      for (int t = begin; t < end; ++t) {
+        norm_row(residual_.get() + size_t(t) * width_, weight, width_, rope_.eps, row.data());
+        quantize_row(row.data(), width_, acts_.get(), t);
+      }
+    });
+    team.barrier();
+  }
+
+  void project(Team& team, const Linear& linear, const ActGroup* acts, float* out, bool add) {
+    share_tiles(team, linear, acts, tokens_, [&](const Tile& tile, int first, int count, const float (*values)[kTileRows]) {
+      for (int t = 0; t < count; ++t) {
+        float* target = out + size_t(first + t) * linear.out_features + tile.first_row;
+        for (int r = 0; r < tile.num_rows; ++r) {
+          float value = values[t][r] + (linear.bias ? linear.bias[tile.first_row + r] : 0.0f);
+          target[r] = add ? target[r] + value : value;
+        }
+      }
+    });
+    team.barrier();
+  }
+
+  // 32 features of the gate and their partners of up, multiplied and quantised as one group of the down projection's input.
+  void gate_up(Team& team, const Linear& linear) {
+    int groups = width_ / kGroup, pairs = inner_ / kGroup;
+    team.share(pairs, std::min(team.piece(pairs, 6), 4), [&](int begin, int end) {
+      alignas(64) float gate[kBlockTokens][kTileRows], up[kBlockTokens][kTileRows], row[kBlockTokens][kGroup];
+      for (int first = 0; first < tokens_; first += kBlockTokens) {
+        int count = std::min(kBlockTokens, tokens_ - first);
+        const ActGroup* block = acts_.get() + size_t(first / kBlockTokens) * groups;
+        for (int pair = begin; pair < end; ++pair) {
+          for (int half = 0; half < 2; ++half) {
+            const Tile *g = linear.tiles + 2 * pair + half, *u = g + inner_ / kTileRows;
+            tile_product(*g, block, groups, count, gate);
+            tile_product(*u, block, groups, count, up);
+            for (int t = 0; t < count; ++t) {
+              for (int r = 0; r < kTileRows; r += kLanes) {
+                vf a = vload(gate[t] + r), b = vload(up[t] + r);
+                if (linear.bias) {
+                  a = vadd(a, vload(linear.bias + g->first_row + r));
+                  b = vadd(b, vload(linear.bias + u->first_row + r));
+                }
+                vstore(row[t] + half * kTileRows + r, vmul(vsilu(a), b));
+              }
+            }
+          }
+          ActGroup* out = inner_acts_.get() + size_t(first / kBlockTokens) * pairs + pair;
+          for (int t = 0; t < count; ++t) quantize_group(row[t], out, t);
+        }
+      }
+    });
+    team.barrier();
+  }
+
+  void layer(Team& team, const Layer& layer) {
+    norm(team, layer.attention_norm);
+    project(team, *layer.qkv, acts_.get(), qkv_.get(), false);
+    RopeShape rope = rope_;
+    rope.q_norm = layer.q_norm;
+    rope.k_norm = layer.k_norm;
+    team.share(tokens_, team.piece(tokens_, 4), [&](int begin, int end) {
+      for (int t = begin; t < end; ++t)
+        rope_token(rope, t, qkv_.get() + size_t(t) * qkv_width_, q_.get() + size_t(t) * heads_width_, layer.keys, layer.values);
+    });
+    team.barrier();
+    AttentionShape shape = attention_;
+    shape.sliding_window = layer.sliding_window;
+    share_attention(team, shape, plan(layer.sliding_window), q_.get(), layer.keys, layer.values, context_.get());
+    team.barrier();
+    team.share(tokens_, team.piece(tokens_, 4), [&](int begin, int end) {
+      for (int t = begin; t < end; ++t) quantize_row(context_.get() + size_t(t) * heads_width_, heads_width_, acts_.get(), t);
+    });
+    team.barrier();
+    project(team, *layer.output, acts_.get(), residual_.get(), true);
+    norm(team, layer.mlp_norm);
+    gate_up(team, *layer.gate_up);
+    project(team, *layer.down, inner_acts_.get(), residual_.get(), true);
+  }
+
+  const Layer* layers_;
+  int num_layers_;
+  RopeShape rope_;
+  AttentionShape attention_;
+  T* hidden_;
+  int tokens_, width_, qkv_width_, heads_width_, inner_;
+  std::unique_ptr<float[]> residual_, qkv_, q_, context_;
+  std::unique_ptr<ActGroup[]> acts_, inner_acts_;
+  std::vector<std::pair<int, std::unique_ptr<AttentionPlan>>> plans_;
+};
+
+}  // namespace
+}  // namespace cpu
+
+// hidden [T, H] of dtype, replaced by the residual stream after the last layer.
+extern "C" void cpu_stack(const cpu::Layer* layers, int32_t num_layers, const cpu::RopeShape* rope, const cpu::AttentionShape* attention, void* hidden,
+                          int32_t dtype, int32_t num_threads) {
+  if (dtype == cpu::kFloat32) cpu::Stack<float>(layers, num_layers, *rope, *attention, (float*)hidden).run(num_threads);
+  else cpu::Stack<cpu::bf16>(layers, num_layers, *rope, *attention, (cpu::bf16*)hidden).run(num_threads);
+}
