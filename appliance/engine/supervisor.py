@@ -89,7 +89,7 @@ class SupervisedEngine:
         self._failure = ""  # the engine's words once the state is failed
         self._crash_times: list[float] = []
         self._num_completed = 0  # of the table, when the first of these crashes came
-        self._heard_at = self._stepped_at = self._watched_at = 0.0
+        self._heard_at = self._stepped_at = self._watched_at = self._excused_at = 0.0
         self._watch_handle: asyncio.TimerHandle | None = None
 
     @property
@@ -292,11 +292,11 @@ class SupervisedEngine:
 
     def _watch(self) -> None:
         now = self._clock.monotonic()
-        # A server that was stopped or starved itself has not read what the engine sent meanwhile: it reads first and judges at the next tick.
+        # Whatever stopped this loop (a paused virtual machine, a frozen cgroup, no core) has likely stopped the engine too: its time counts anew.
         starved = now - self._watched_at > 1.0 + self._limits.watch_interval
         self._watched_at = now
         if starved:
-            self._heard_at = now
+            self._heard_at = self._excused_at = now
         elif self._life is not None and not self._life.done() and (why := self._hung(now)) is not None:
             self._lose(_End("hung", why))
         self._table.on_tick(now)
@@ -312,7 +312,7 @@ class SupervisedEngine:
         if beat is None:
             return None
         # A step's output is newer news than the heartbeat before it.
-        since = max(beat.phase_started_at, self._stepped_at) if beat.phase == "step" else beat.phase_started_at
+        since = max(beat.phase_started_at, self._excused_at, self._stepped_at if beat.phase == "step" else 0.0)
         if now - since > beat.phase_deadline_seconds:
             return f"{now - since:.1f} s in its phase {beat.phase!r}, whose deadline is {beat.phase_deadline_seconds:g} s"
         return None

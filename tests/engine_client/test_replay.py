@@ -175,6 +175,20 @@ async def test_finish_drops_what_lies_beyond() -> None:
     assert_empty(table)
 
 
+async def test_finish_below_what_was_taken_drops_all_that_is_pending() -> None:
+    """A stop string found late drops every pending token with its time; what the handler took stays its own."""
+    table, engine = started()
+    generation = table.submit(request(1, 9), 0.0, restarting=False)
+    for taken in (3, 0):
+        for _ in range(3):
+            engine.step(1.0)
+        if taken:
+            assert len((await generation.next()).token_ids) == taken
+    generation.finish(1)
+    delta = await generation.next()
+    assert (delta.token_ids, delta.token_times, delta.finish_reason) == ([], [], "finish")
+
+
 async def test_a_finished_sequence_is_not_resumed() -> None:
     """A crash between finish() and the engine's answer does not bring the sequence back."""
     table, engine = started()
@@ -341,17 +355,19 @@ async def test_a_poisoned_prompt_is_convicted_alone(announce: bool) -> None:
     engine.step(4.0)
     poisoned = table.submit(request(66, 30), 5.0, restarting=False)
     queued = table.submit(request(4, 30), 6.0, restarting=False)
-    num_crashes, convictions = 0, []
+    num_crashes, convictions, alone = 0, [], []
     for _ in range(400):
         if not len(table):
             break
         if crash_with(table, engine, 66):
             num_crashes += 1
             convictions.append(table.detach(7.0, "boom"))
+            alone += engine.alone_log
             engine = attach(table, max_num_seqs=4, announce=announce)
         else:
             engine.step(8.0)
     assert (num_crashes, convictions) == (3, [False, False, True])
+    assert alone + engine.alone_log == [66], "once it is convicted its neighbours need no probe"
     error = (await collect(poisoned)).error
     assert isinstance(error, EngineFailed)
     assert "boom" in str(error)
@@ -377,6 +393,25 @@ async def test_innocent_suspects_run_alone_shortly_and_then_together() -> None:
     for first, generation in enumerate(generations, 1):
         collected = await collect(generation)
         assert (collected.token_ids, collected.finish_reason) == (tokens_of(first, 20), "length")
+
+
+async def test_nothing_is_taken_for_a_sequence_that_waits_its_turn() -> None:
+    """Tokens and events under the id of a sequence that was cleared and waits to be sent again are stale."""
+    table, engine = started()
+    generations = [table.submit(request(i, 20), float(i), restarting=False) for i in (1, 2)]
+    for _ in range(2):
+        engine.step(1.0)
+        table.detach(2.0, "x")
+        engine = attach(table)
+    while engine.alone_log == [2]:
+        engine.step(3.0)
+    held = generations[1]
+    num_outputs = len(held.outputs)
+    events = (SequenceEvent(held.sequence_id, "scheduled", 3.0, 0),)
+    table.on_step(StepOutput(stats=STATS, sequence_ids=pack_ids([held.sequence_id]), token_ids=pack_ids([1]), events=events), 3.0)
+    assert (held.stage, len(held.outputs), table.num_stale_tokens) == (Stage.HELD, num_outputs, 1)
+    drain(table, engine)
+    assert (await collect(held)).token_ids == tokens_of(2, 20)
 
 
 async def test_waiting_in_the_queue_is_no_suspicion() -> None:

@@ -190,12 +190,18 @@ async def test_steps_that_end_are_no_hang(tmp_path: Path) -> None:
     assert "hung" not in h.observer.kinds()
 
 
-async def test_a_starved_server_does_not_blame_the_engine(tmp_path: Path) -> None:
-    """After its own loop stood still longer than the silence limit, the server reads first and judges later."""
-    limits = dataclasses.replace(FAST, silence=0.4)
-    async with harness(tmp_path, {}, limits=limits) as h:
+async def test_a_pause_of_the_machine_is_not_the_engines_fault(tmp_path: Path) -> None:
+    """Server and engine stopped together for longer than every limit: the engine gets its time anew, and its stream goes on."""
+    limits = dataclasses.replace(FAST, silence=0.6)
+    async with harness(tmp_path, {"rest": {"deadline_seconds": 0.6, "step_seconds": 0.02}}, limits=limits) as h:
+        generation = h.engine.submit(request(1))
+        await generation.next()
+        pid = h.pids()[0]
+        os.kill(pid, signal.SIGSTOP)
         time.sleep(1.3)  # noqa: ASYNC251 - to stop the loop is the test
-        assert (await collect(h.engine.submit(request(1)))).token_ids == tokens_of(1, 20)
+        asyncio.get_running_loop().call_later(0.1, os.kill, pid, signal.SIGCONT)
+        collected = await collect(generation)
+        assert collected.finish_reason == "length"
     assert h.observer.kinds() == ["started", "ready", "stopped"]
 
 
