@@ -1,0 +1,91 @@
+"""Linear layers on a CUDA device: dense through cuBLAS, fp8 through torch._scaled_mm, a few rows through a weight-streaming kernel."""
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# ruff: noqa: N803, SIM102, SIM108 - constants of a kernel are upper case; a branch on one is chosen at compile time, so it stands alone
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional
+
+from appliance.kernels import ops
+from appliance.kernels.gguf_blocks import dequantize
+from appliance.kernels.launch import next_power_of_2
+
+FP8_MAX = 448.0  # largest float8_e4m3fn
+
+
+@triton.jit
+def _quantize_rows_kernel(out, scales, x, N: tl.constexpr, BLOCK: tl.constexpr):
+    """One program a row: scale = max |x| / 448, out = x / scale in e4m3."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    values = tl.load(x + row * N + columns, mask=columns < N, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(values), axis=0) / 448.0, 1e-12)
+    tl.store(scales + row, scale)
+    tl.store(out + row * N + columns, (values / scale).to(out.dtype.element_ty), mask=columns < N)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x `[T, N]` as float8_e4m3fn and its scales `[T, 1]` float32, one a row: x is about out * scale."""
+    num_rows, size = x.shape
+    out = torch.empty((num_rows, size), dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty((num_rows, 1), dtype=torch.float32, device=x.device)
+    if num_rows:
+        block = next_power_of_2(size)
+        _quantize_rows_kernel[(num_rows,)](out, scales, x, N=size, BLOCK=block, num_warps=min(max(block // 512, 1), 16))
+    return out, scales
+
+
+class DenseLinear:
+    """x @ weight.T + bias through cuBLAS. `weight` [out, in] may be shared with an embedding table."""
+
+    __slots__ = ("bias", "weight")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight = weight
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+
+class Fp8Linear:
+    """Weights in e4m3 with one scale an output channel, activations quantised a row at a time as they come; products on the fp8 units."""
+
+    __slots__ = ("bias", "scales", "weight")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Quantise `weight` [out, in], in and out multiples of 16."""
+        quantized, scales = quantize_rows(weight.contiguous())
+        self.weight = quantized.t()  # [in, out], column-major as _scaled_mm wants it
+        self.scales = scales.t()  # [1, out]
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        quantized, scales = quantize_rows(x)
+        out = torch._scaled_mm(quantized, self.weight, scale_a=scales, scale_b=self.scales, out_dtype=torch.bfloat16, use_fast_accum=True)
+        out = out.to(x.dtype)
+        return out if self.bias is None else out + self.bias
+
+
+def make_linear(
+    parts: Sequence[ops.WeightSource], bias: Tensor | None, *, device: torch.device, dtype: torch.dtype, quantization: str
+) -> tuple[ops.Linear, int]:
+    """See `Ops.make_linear`. Quantised files widen to dtype ("auto" too: there is no kernel for their blocks here); "fp8" quantises."""
+    if quantization not in ("auto", "none", "fp8"):
+        raise ValueError(f"the GPU kernels know no {quantization} weights; use quantization auto, none or fp8")
+    dense = [dequantize(part, dtype).to(device) if isinstance(part, ops.GgufTensor) else part.to(device, dtype) for part in parts]
+    weight = (dense[0] if len(dense) == 1 else torch.cat(dense)).contiguous()
+    bias = None if bias is None else bias.to(device, dtype)
+    bias_bytes = 0 if bias is None else bias.nbytes
+    if quantization == "fp8":
+        if weight.shape[0] % 16 or weight.shape[1] % 16:
+            raise ValueError(f"fp8 weights need both sizes to be multiples of 16, not {tuple(weight.shape)}; use quantization none for this model")
+        fp8 = Fp8Linear(weight, bias)
+        return fp8, fp8.weight.nbytes + fp8.scales.nbytes + bias_bytes
+    return DenseLinear(weight, bias), weight.nbytes + bias_bytes

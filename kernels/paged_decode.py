@@ -1,0 +1,175 @@
+"""Attention of one new token a sequence over its paged KV cache.
+
+out = softmax(q K^T * scale) V per head, online (Milakov and Gimelshein 2018), the keys of one sequence split over several programs where the
+batch alone leaves the chip empty (Flash-Decoding, Dao et al. 2023). The G query heads that share a KV head are the rows of one tile, so K and V
+are read once. Twin: reference.attention.
+
+A program reads tiles of BLOCK_N keys through the block table; a (block, KV head) pair is one contiguous run of block_size * D values. Bound by
+memory: 4 * context * Hkv * D bytes a sequence in bf16.
+"""
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# ruff: noqa: N803, SIM102, SIM108 - constants of a kernel are upper case; a branch on one is chosen at compile time, so it stands alone
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from appliance.kernels.launch import NUM_COUNTERS, arrival_counters, cdiv, next_power_of_2, num_multiprocessors
+from appliance.kernels.ops import AttentionBatch
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """How a launch is cut: keys of a tile, splits of a sequence, warps of a program, tiles in flight."""
+
+    block_n: int
+    num_splits: int
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit(do_not_specialize=["context_lens", "rows", "block_tables"])
+def _paged_decode_kernel(
+    out, partial, partial_stats, counters, q, key_cache, value_cache, context_lens, rows, block_tables, table_stride, qk_scale,
+    stride_block, stride_head,
+    HKV: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr, NUM_SPLITS: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: one KV head of one entry, one split of its keys. Scores are kept in base 2: qk_scale = scale * log2(e)."""
+    head = tl.program_id(0)
+    entry = tl.program_id(1)
+    split = tl.program_id(2)
+    context = tl.load(context_lens + entry)
+    first = 0
+    if WINDOW > 0:
+        first = tl.maximum(context - WINDOW, 0) // BLOCK_N * BLOCK_N
+    num_tiles = tl.cdiv(context - first, BLOCK_N)
+    tiles_each = tl.cdiv(num_tiles, NUM_SPLITS)
+    low = first + split * tiles_each * BLOCK_N
+    high = tl.minimum(low + tiles_each * BLOCK_N, context)
+    if NUM_SPLITS > 1:
+        if (split > 0) & (low >= context):
+            return
+
+    g = tl.arange(0, BLOCK_G)
+    d = tl.arange(0, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
+    out_at = (entry * (HKV * GROUP) + head * GROUP + g[:, None]) * D + d[None, :]
+    g_mask = (g < GROUP)[:, None] & (d < D)[None, :]
+    query = tl.load(q + out_at, mask=g_mask, other=0.0)
+    row = tl.load(rows + entry)
+    table = block_tables + row.to(tl.int64) * table_stride
+    key_head = key_cache + head * stride_head
+    value_head = value_cache + head * stride_head
+
+    peak = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    for start in range(low, high, BLOCK_N):
+        keys = start + n
+        inside = keys < high
+        blocks = tl.load(table + keys // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+        at = blocks[:, None] * stride_block + (keys % BLOCK_SIZE)[:, None] * D + d[None, :]
+        if BLOCK_D == D:
+            k = tl.load(key_head + at)
+            v = tl.load(value_head + at, mask=inside[:, None], other=0.0)
+        else:
+            k = tl.load(key_head + at, mask=(d < D)[None, :], other=0.0)
+            v = tl.load(value_head + at, mask=inside[:, None] & (d < D)[None, :], other=0.0)
+        scores = tl.dot(query, tl.trans(k.to(query.dtype)), input_precision=PRECISION) * qk_scale
+        if WINDOW > 0:
+            inside = inside & (keys >= context - WINDOW)
+        scores = tl.where(inside[None, :], scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, axis=1))
+        base = new_peak
+        if WINDOW > 0:
+            base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        p = tl.exp2(scores - base[:, None])
+        shrink = tl.exp2(peak - base)
+        total = total * shrink + tl.sum(p, axis=1)
+        acc = acc * shrink[:, None] + tl.dot(p.to(query.dtype), v.to(query.dtype), input_precision=PRECISION)
+        peak = new_peak
+
+    if NUM_SPLITS == 1:
+        tl.store(out + out_at, (acc / tl.where(total > 0.0, total, 1.0)[:, None]).to(out.dtype.element_ty), mask=g_mask)
+    else:
+        # Partials of one (entry, head) lie together: [GROUP, NUM_SPLITS, D] and [2, GROUP, NUM_SPLITS].
+        pair = (entry * HKV + head).to(tl.int64)
+        sums = partial + pair * (GROUP * NUM_SPLITS * D)
+        stats = partial_stats + pair * (2 * GROUP * NUM_SPLITS)
+        tl.store(sums + (g[:, None] * NUM_SPLITS + split) * D + d[None, :], acc, mask=g_mask)
+        tl.store(stats + g * NUM_SPLITS + split, peak, mask=g < GROUP)
+        tl.store(stats + GROUP * NUM_SPLITS + g * NUM_SPLITS + split, total, mask=g < GROUP)
+        tl.debug_barrier()  # every thread's partials before the one thread's release
+        num_active = tl.maximum(tl.cdiv(num_tiles, tl.maximum(tiles_each, 1)), 1)
+        arrived = tl.atomic_add(counters + pair, 1, sem="acq_rel", scope="gpu")
+        if arrived == num_active - 1:
+            tl.debug_barrier()
+            tl.store(counters + pair, 0)
+            s = tl.arange(0, NUM_SPLITS)
+            active = s < num_active
+            for i in tl.static_range(GROUP):
+                peaks = tl.load(stats + i * NUM_SPLITS + s, mask=active, other=float("-inf"), cache_modifier=".cg")
+                totals = tl.load(stats + (GROUP + i) * NUM_SPLITS + s, mask=active, other=0.0, cache_modifier=".cg")
+                top = tl.max(peaks, axis=0)
+                weights = tl.exp2(peaks - tl.where(top == float("-inf"), 0.0, top))
+                denominator = tl.sum(weights * totals, axis=0)
+                accs = tl.load(
+                    sums + (i * NUM_SPLITS + s)[:, None] * D + d[None, :], mask=active[:, None] & (d < D)[None, :], other=0.0, cache_modifier=".cg"
+                )
+                result = tl.sum(accs * weights[:, None], axis=0) / tl.where(denominator > 0.0, denominator, 1.0)
+                tl.store(out + (entry * (HKV * GROUP) + head * GROUP + i) * D + d, result.to(out.dtype.element_ty), mask=d < D)
+
+
+def choose_config(num_decodes: int, num_kv_heads: int, head_dim: int, max_context_len: int, itemsize: int, multiprocessors: int) -> DecodeConfig:
+    """A cut by shape: enough splits that about two programs stand on each multiprocessor, none shorter than a tile at the longest context."""
+    block_n = 64 if itemsize == 2 else 32
+    pairs = max(num_decodes * num_kv_heads, 1)
+    wanted = 2 * multiprocessors // pairs
+    longest = cdiv(max(max_context_len, 1), block_n)
+    num_splits = 1
+    while num_splits * 2 <= min(wanted, longest, 64):
+        num_splits *= 2
+    if pairs > NUM_COUNTERS:
+        num_splits = 1
+    return DecodeConfig(block_n, num_splits, num_warps=4, num_stages=3 if itemsize == 2 else 2)
+
+
+def paged_decode(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    sliding_window: int | None,
+    out: Tensor,
+    config: DecodeConfig | None = None,
+) -> None:
+    """Attention of entries [0, num_decodes) into the first rows of `out` `[T, Hq * D]`; q `[T, Hq, D]`."""
+    _, num_heads, head_dim = q.shape
+    _, num_kv_heads, block_size, _ = key_cache.shape
+    num_decodes = batch.num_decodes
+    if num_decodes == 0:
+        return
+    if config is None:
+        config = choose_config(num_decodes, num_kv_heads, head_dim, batch.max_context_len, q.element_size(), num_multiprocessors(q.device))
+    group = num_heads // num_kv_heads
+    num_splits = config.num_splits
+    partial = out
+    stats = out
+    if num_splits > 1:
+        partial = torch.empty((num_decodes, num_kv_heads, group, num_splits, head_dim), dtype=torch.float32, device=q.device)
+        stats = torch.empty((num_decodes, num_kv_heads, 2, group, num_splits), dtype=torch.float32, device=q.device)
+    _paged_decode_kernel[(num_kv_heads, num_decodes, num_splits)](
+        out, partial, stats, arrival_counters(q.device), q, key_cache, value_cache, batch.context_lens, batch.rows, batch.block_tables,
+        batch.block_tables.stride(0), scale * math.log2(math.e), key_cache.stride(0), key_cache.stride(1),
+        HKV=num_kv_heads, GROUP=group, BLOCK_G=max(next_power_of_2(group), 16), D=head_dim, BLOCK_D=max(next_power_of_2(head_dim), 16),
+        BLOCK_SIZE=block_size, BLOCK_N=config.block_n, NUM_SPLITS=num_splits, WINDOW=sliding_window or 0,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
