@@ -238,7 +238,7 @@ class Policy:
             why = f"{why}; min_replicas is {config.min_replicas}"
         at_wall = snapshot.at_wall + (now - snapshot.at)
         decision = ScaleDecision(
-            id=_decision_id(config, state.sequence + 1, at_wall),
+            id=decision_id(config, state.sequence + 1, at_wall),
             sequence=state.sequence + 1,
             at_wall=at_wall,
             expires_wall=at_wall + config.signal_ttl_seconds,
@@ -279,7 +279,7 @@ def inputs(snapshot: Snapshot) -> dict[str, float | None]:
     return values
 
 
-def _decision_id(config: PolicyConfig, sequence: int, at_wall: float) -> str:
+def decision_id(config: PolicyConfig, sequence: int, at_wall: float) -> str:
     """A UUIDv7 (RFC 9562) whose random bits are a hash of who decides and which decision it is, so that a policy stays a pure function."""
     digest = hashlib.sha256(f"{config.fleet}\0{config.instance_id}\0{sequence}\0{at_wall!r}".encode()).digest()
     bits = int.from_bytes(digest[:10], "big")
