@@ -1,6 +1,6 @@
 """Linear layers on a CUDA device: dense through cuBLAS, fp8 through torch._scaled_mm, a few rows through a weight-streaming kernel."""
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-# ruff: noqa: N803, SIM102, SIM108 - constants of a kernel are upper case; a branch on one is chosen at compile time, so it stands alone
+# ruff: noqa: N803 - constants of a kernel are upper case
 
 from __future__ import annotations
 

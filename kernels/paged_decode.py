@@ -8,7 +8,7 @@ A program reads tiles of BLOCK_N keys through the block table; a (block, KV head
 memory: 4 * context * Hkv * D bytes a sequence in bf16.
 """
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-# ruff: noqa: N803, SIM102, SIM108 - constants of a kernel are upper case; a branch on one is chosen at compile time, so it stands alone
+# ruff: noqa: N803, SIM102 - constants of a kernel are upper case; a branch on one, chosen in compilation, stands alone
 
 from __future__ import annotations
 

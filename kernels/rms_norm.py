@@ -3,7 +3,7 @@
 y = x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019), in float32, rounded once. Twins: reference.rms_norm, reference.add_rms_norm.
 """
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-# ruff: noqa: N803, SIM102, SIM108 - constants of a kernel are upper case; a branch on one is chosen at compile time, so it stands alone
+# ruff: noqa: N803 - constants of a kernel are upper case
 
 from __future__ import annotations
 

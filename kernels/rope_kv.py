@@ -4,7 +4,7 @@ Per-head RMS norm of q and k (Qwen3), rotary embedding (Su et al. 2021; rotate-h
 over the first W values of a head), K and V written to the paged cache, q returned. In float32, rounded once. Twin: reference.rope_store_kv.
 """
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-# ruff: noqa: N803, SIM102, SIM108 - constants of a kernel are upper case; a branch on one is chosen at compile time, so it stands alone
+# ruff: noqa: N803 - constants of a kernel are upper case
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ to arrive combines them. With filters one program a row looks for the shortest k
 instead of sorting 151,936 of them.
 """
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-# ruff: noqa: N803, SIM102, SIM108 - constants of a kernel are upper case; a branch on one is chosen at compile time, so it stands alone
+# ruff: noqa: N803, SIM108 - constants of a kernel are upper case; a branch on one, chosen in compilation, stands alone
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """SwiGLU's product: out = silu(gate) * up, in float32, rounded once (Shazeer 2020). Twin: reference.silu_mul."""
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-# ruff: noqa: N803, SIM102, SIM108 - constants of a kernel are upper case; a branch on one is chosen at compile time, so it stands alone
+# ruff: noqa: N803 - constants of a kernel are upper case
 
 from __future__ import annotations
 

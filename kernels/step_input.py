@@ -3,7 +3,7 @@
 Twins: reference.apply_updates, prepare_inputs, commit_sampled. One launch each; the sizes that vary are read from device memory.
 """
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-# ruff: noqa: N803, SIM102, SIM108 - constants of a kernel are upper case; a branch on one is chosen at compile time, so it stands alone
+# ruff: noqa: N803 - constants of a kernel are upper case
 
 from __future__ import annotations
 
