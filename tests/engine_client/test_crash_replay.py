@@ -86,14 +86,14 @@ async def test_sigkill_in_mid_stream(tmp_path: Path) -> None:
 
 async def test_deadlines_hold_while_the_engine_is_down(tmp_path: Path) -> None:
     """A deadline that passes during a restart ends its sequence in time; one without is resumed."""
-    async with harness(tmp_path, {"lives": [{"after_tokens": 10}, {"load_seconds": 1.5}]}) as h:
+    async with harness(tmp_path, {"lives": [{"after_tokens": 10}, {"load_seconds": 2.0}]}) as h:
         clock = SystemClock()
         deadline = clock.monotonic() + 0.5
         hurried, patient = h.engine.submit(request(1, deadline_at=deadline)), h.engine.submit(request(2))
         collected = await collect(hurried)
         late = clock.monotonic() - deadline
         assert isinstance(collected.error, DeadlineExceeded)
-        assert 0.0 <= late < 0.5
+        assert 0.0 <= late < 1.0
         assert h.engine.state == "restarting"
         assert collected.token_ids == tokens_of(1, len(collected.token_ids))
         assert (await collect(patient)).token_ids == tokens_of(2, 20)

@@ -92,7 +92,7 @@ ENDS: list[tuple[dict[str, Any], str, str]] = [
 @pytest.mark.parametrize(("life", "kind", "detail"), ENDS, ids=[life["then"] for life, _, _ in ENDS])
 async def test_however_the_engine_ends_streams_go_on(tmp_path: Path, life: dict[str, Any], kind: str, detail: str) -> None:
     """Each way to end is noticed and named, the process is gone, and every stream has the tokens it would have had, once."""
-    limits = dataclasses.replace(FAST, silence=0.5)
+    limits = dataclasses.replace(FAST, silence=0.8)
     async with harness(tmp_path, {"lives": [{"after_tokens": 17, **life}]}, limits=limits) as h:
         first_pid = h.engine.pid
         results = await asyncio.gather(*(collect(h.engine.submit(request(i))) for i in range(1, 5)))
@@ -168,8 +168,8 @@ async def test_old_crashes_are_forgotten(tmp_path: Path) -> None:
 
 async def test_a_slow_load_is_no_hang_but_a_stuck_one_is(tmp_path: Path) -> None:
     """While heartbeats come, a load may last until its phase's deadline, and no longer."""
-    limits = dataclasses.replace(FAST, loading_silence=0.4, silence=0.4)
-    script = {"lives": [{"load_seconds": 60, "load_deadline_seconds": 0.5}, {"load_seconds": 1.0}]}
+    limits = dataclasses.replace(FAST, loading_silence=1.0, silence=1.0)
+    script = {"lives": [{"load_seconds": 60, "load_deadline_seconds": 0.5}, {"load_seconds": 1.3}]}
     async with harness(tmp_path, script, limits=limits) as h:
         assert h.observer.kinds() == ["started", "hung", "restarting", "started", "ready"]
         assert "'load', whose deadline is 0.5 s" in h.observer.of("hung").detail
@@ -177,14 +177,14 @@ async def test_a_slow_load_is_no_hang_but_a_stuck_one_is(tmp_path: Path) -> None
 
 async def test_a_silent_start_is_a_hang(tmp_path: Path) -> None:
     """A process that never says anything is killed after the loading silence."""
-    limits = dataclasses.replace(FAST, loading_silence=0.5)
+    limits = dataclasses.replace(FAST, loading_silence=1.0)
     async with harness(tmp_path, {"lives": [{"heartbeat_seconds": 60, "load_seconds": 60}]}, limits=limits) as h:
         assert "no sign of life" in h.observer.of("hung").detail
 
 
 async def test_steps_that_end_are_no_hang(tmp_path: Path) -> None:
     """Many steps, each within its deadline, are no hang though heartbeats are rarer than the deadline."""
-    async with harness(tmp_path, {"rest": {"deadline_seconds": 0.3, "step_seconds": 0.04, "heartbeat_seconds": 0.7}}) as h:
+    async with harness(tmp_path, {"rest": {"deadline_seconds": 0.5, "step_seconds": 0.04, "heartbeat_seconds": 0.9}}) as h:
         collected = await collect(h.engine.submit(request(1, 30)))
         assert collected.token_ids == tokens_of(1, 30)
     assert "hung" not in h.observer.kinds()
@@ -192,8 +192,8 @@ async def test_steps_that_end_are_no_hang(tmp_path: Path) -> None:
 
 async def test_a_pause_of_the_machine_is_not_the_engines_fault(tmp_path: Path) -> None:
     """Server and engine stopped together for longer than every limit: the engine gets its time anew, and its stream goes on."""
-    limits = dataclasses.replace(FAST, silence=0.6)
-    async with harness(tmp_path, {"rest": {"deadline_seconds": 0.6, "step_seconds": 0.02}}, limits=limits) as h:
+    limits = dataclasses.replace(FAST, silence=0.9)
+    async with harness(tmp_path, {"rest": {"deadline_seconds": 0.9, "step_seconds": 0.02}}, limits=limits) as h:
         generation = h.engine.submit(request(1))
         await generation.next()
         pid = h.pids()[0]
