@@ -93,7 +93,7 @@ def _settings_parser() -> argparse.ArgumentParser:
 
 def _add_models(commands: argparse._SubParsersAction[argparse.ArgumentParser], settings: argparse.ArgumentParser) -> None:
     models = commands.add_parser("models", help="list or fetch models of the state folder", description="The models kept in the state folder.")
-    actions = models.add_subparsers(dest="action", metavar="ACTION", required=True)
+    actions = models.add_subparsers(dest="action", metavar="ACTION", required=True, help="what to do")
     actions.add_parser("list", parents=[settings], help="models that are here", description="List the models in the state folder, with sizes.")
     actions.add_parser(
         "fetch",
@@ -105,7 +105,7 @@ def _add_models(commands: argparse._SubParsersAction[argparse.ArgumentParser], s
 
 def _add_db(commands: argparse._SubParsersAction[argparse.ArgumentParser], settings: argparse.ArgumentParser) -> None:
     db = commands.add_parser("db", help="upgrade or check the database", description="The SQL database of the ledger, samples and decisions.")
-    actions = db.add_subparsers(dest="action", metavar="ACTION", required=True)
+    actions = db.add_subparsers(dest="action", metavar="ACTION", required=True, help="what to do")
     actions.add_parser("upgrade", parents=[settings], help="bring the schema up to date", description="Run the migrations (`serve` does so itself).")
     actions.add_parser(
         "check", parents=[settings], help="tell whether the schema is current", description="Exit status 0 if the schema is current, 1 if it is not."
@@ -165,3 +165,7 @@ def _with_dotted_flags(argv: Sequence[str]) -> list[str]:
             raise SystemExit(f"appliance: {word} takes a value")
         result.append(f"--set=--{match[1]}={value}")
     return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())
