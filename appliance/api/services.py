@@ -65,7 +65,8 @@ class Drain:
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """The API's collaborators. `on_record` gets every RequestRecord (for SQL), `metrics_text` the exposition and its content type."""
+    """The API's collaborators. `on_record` gets every RequestRecord (for SQL), `metrics_text` makes the exposition that an Accept
+    header asks for, with its content type."""
 
     settings: Settings
     engine: EngineClient
@@ -75,5 +76,5 @@ class Services:
     keys: ApiKeys
     drain: Drain
     observer: ApiObserver
-    metrics_text: Callable[[], tuple[bytes, str]]
+    metrics_text: Callable[[str], tuple[bytes, str]]
     on_record: Callable[[RequestRecord], None]

@@ -62,7 +62,7 @@ async def version(request: web.Request) -> web.Response:
 
 async def metrics(request: web.Request) -> web.Response:
     """The Prometheus exposition."""
-    body, content_type = request.app[SERVICES].metrics_text()
+    body, content_type = request.app[SERVICES].metrics_text(request.headers.get("Accept", ""))
     return web.Response(body=body, headers={"Content-Type": content_type})
 
 

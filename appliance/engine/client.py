@@ -67,11 +67,25 @@ class EngineObserver(Protocol):
 class EngineClient(Protocol):
     """Interface of the client; `SupervisedEngine` is the real one."""
 
-    state: str  # starting, ready, restarting, failed, stopped
-    ready: Ready | None  # facts of the newest engine that became ready
-    heartbeat: Heartbeat | None
-    pid: int | None
-    num_in_flight: int
+    @property
+    def state(self) -> str:
+        """starting, ready, restarting, failed or stopped."""
+
+    @property
+    def ready(self) -> Ready | None:
+        """Facts of the newest engine that became ready."""
+
+    @property
+    def heartbeat(self) -> Heartbeat | None:
+        """The newest heartbeat."""
+
+    @property
+    def pid(self) -> int | None:
+        """The engine process, while there is one."""
+
+    @property
+    def num_in_flight(self) -> int:
+        """Open sequences, waiting ones included."""
 
     async def start(self) -> None:
         """Spawn the process and return; readiness comes later."""

@@ -14,6 +14,7 @@ import time
 import traceback
 from typing import TYPE_CHECKING
 
+from appliance.engine.child import die_with_parent
 from appliance.engine.wire import Abort, Failure, Finish, FrameReader, FromEngine, Heartbeat, Start, Submit, ToEngine, encode
 
 if TYPE_CHECKING:
@@ -168,6 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="appliance.engine.process", description=__doc__)
     parser.add_argument("--fd", type=int, required=True, help="file descriptor of the inherited socket")
     options = parser.parse_args(argv)
+    die_with_parent()  # a process stuck in a driver call would not see its socket end
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     channel = Channel(socket.socket(fileno=options.fd))

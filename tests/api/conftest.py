@@ -232,7 +232,7 @@ async def start_server() -> AsyncIterator[StartServer]:
             keys=ApiKeys(keys),
             drain=Drain(),
             observer=Observer(),
-            metrics_text=lambda: (b"appliance_up 1\n", "text/plain; version=0.0.4; charset=utf-8"),
+            metrics_text=lambda _: (b"appliance_up 1\n", "text/plain; version=0.0.4; charset=utf-8"),
             on_record=records.append,
         )
         runner = web.AppRunner(create_app(services), handler_cancellation=True, access_log=None)

@@ -1,0 +1,336 @@
+"""The composition root: builds every part from the settings, starts them in order, serves until told to stop, drains, stops in reverse.
+
+Order of start: state folder, engine process (its load takes longest and runs beside the rest), text, database, HTTP, jobs. The API answers at once;
+/ready says when a request would be served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from aiohttp import web
+from apscheduler.schedulers.asyncio import AsyncIOScheduler
+from sqlalchemy.exc import SQLAlchemyError
+
+from appliance import __version__
+from appliance.api.app import create_app
+from appliance.api.context import KEY_ID
+from appliance.api.keys import load_keys
+from appliance.api.services import Drain, Services
+from appliance.api.status import why_not_alive
+from appliance.clock import Clock, SystemClock
+from appliance.engine.supervisor import SupervisedEngine
+from appliance.engine.wire import Start
+from appliance.errors import EngineFailed
+from appliance.events import EngineEvent, StepStats
+from appliance.logs import configure_logs
+from appliance.metrics.goodput import choose_slo
+from appliance.metrics.hardware import HardwareReader, detect_device
+from appliance.metrics.nvml import Nvml
+from appliance.metrics.recorder import Recorder
+from appliance.metrics.sampler import Sampler
+from appliance.model_files import resolve_model, served_name
+from appliance.notify import Notifier
+from appliance.scaling.endpoint import add_scaling_routes
+from appliance.scaling.loop import ScalingLoop
+from appliance.scaling.policy import Policy, PolicyConfig
+from appliance.scaling.webhook import Courier, Signer, check_endpoints
+from appliance.settings import Settings
+from appliance.state_folder import StateFolder
+from appliance.store import queries
+from appliance.store.database import Database, database_url
+from appliance.store.outbox import Outbox
+from appliance.store.writer import StoreWriter
+from appliance.text.load import load_text
+
+_log = logging.getLogger(__name__)
+_JOB_GRACE_SECONDS = 60  # APScheduler drops a job that is over a second late, unless told otherwise
+_DAY_SECONDS = 86400.0
+_ABORT_SECONDS = 5.0
+
+
+class EngineReports:
+    """Passes what the engine's client reports to the recorder and, where there is one, to SQL and the log."""
+
+    def __init__(self, recorder: Recorder, writer: StoreWriter | None) -> None:
+        self._recorder = recorder
+        self._writer = writer
+
+    def on_step(self, stats: StepStats) -> None:
+        self._recorder.on_step(stats)
+
+    def on_gaps(self, gaps: Sequence[tuple[float, int]]) -> None:
+        self._recorder.on_gaps(gaps)
+
+    def on_engine_event(self, event: EngineEvent) -> None:
+        self._recorder.on_engine_event(event)
+        if self._writer is not None:
+            self._writer.put_engine_event(event)
+        level = logging.WARNING if event.kind in ("crashed", "hung", "failed") else logging.INFO
+        _log.log(level, "engine %s: %s", event.kind, event.detail, extra={"engine_pid": event.pid, "in_flight": event.num_in_flight})
+
+
+class Appliance:
+    """The running program. `start` inside an AsyncExitStack's life; all parts live on one event loop."""
+
+    def __init__(self, settings: Settings, clock: Clock) -> None:
+        self.settings = settings
+        self.clock = clock
+        self.drain = Drain()
+        self.notifier = Notifier()
+        self.url = ""
+        self.engine: SupervisedEngine
+        self.recorder: Recorder
+        self._stack = AsyncExitStack()
+
+    async def start(self) -> None:
+        """Bring everything up; returns once the API answers. Raises ConfigError, ModelError or MigrationFailed with nothing left running."""
+        async with AsyncExitStack() as stack:
+            await self._start(stack)
+            self._stack = stack.pop_all()
+
+    async def stop(self) -> None:
+        """End everything, in the reverse order of its start."""
+        await self._stack.aclose()
+
+    async def drain_requests(self, abort: asyncio.Event) -> None:
+        """Turn new requests away and wait for the open ones, `server.drain_seconds` at most or until `abort` is set."""
+        self.drain.begin()
+        self.notifier.stopping(f"draining {self.drain.num_open} requests")
+        if self.drain.num_open:
+            _log.info("draining %d requests, at most %g s; a second signal aborts them", self.drain.num_open, self.settings.server.drain_seconds)
+        waits = {asyncio.create_task(self.drain.wait_idle()), asyncio.create_task(abort.wait())}
+        _, pending = await asyncio.wait(waits, timeout=self.settings.server.drain_seconds, return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+        if self.drain.num_open:
+            _log.warning("aborting %d requests", self.drain.num_open)
+
+    async def _start(self, stack: AsyncExitStack) -> None:
+        settings = self.settings
+        folder = StateFolder(settings.state_dir)
+        stack.callback(folder.close)
+        keys = load_keys(settings.server)
+        endpoints = check_endpoints(settings.scaling.webhook_urls)
+        policy = Policy(PolicyConfig.from_settings(settings))
+        model_path = await asyncio.to_thread(resolve_model, settings.model.path, settings.state_dir)
+        model_name = settings.model.served_name or served_name(settings.model.path)
+        nvml = Nvml.open()
+        slo = choose_slo(settings.slo, detect_device(settings.engine.device, nvml))
+        self.recorder = Recorder(
+            clock=self.clock,
+            slo=slo,
+            settings=settings.metrics,
+            block_size=settings.engine.block_size,
+            version=__version__,
+            model=model_name,
+            instance_id=settings.instance_id,
+            fleet=settings.fleet,
+        )
+        database = Database(database_url(settings)) if settings.store.enabled else None
+        writer = self._writer(database, folder)
+        start = engine_start(settings, model_path, folder, slo.tpot_seconds)
+        self.engine = SupervisedEngine(
+            start, clock=self.clock, observer=EngineReports(self.recorder, writer), max_restarts=settings.engine.max_restarts
+        )
+        hardware = HardwareReader(clock=self.clock, state_dir=folder.path, engine_pid=lambda: self.engine.pid, nvml=nvml)
+        self.recorder.bind_engine(self.engine)
+        self.recorder.bind_hardware(lambda: hardware.latest)
+        if database is not None and writer is not None:
+            self.recorder.bind_store(lambda: writer.stats)
+            stack.push_async_callback(database.close)
+            stack.push_async_callback(writer.close)
+        await self.engine.start()
+        stack.push_async_callback(self.engine.close)
+        text = await asyncio.to_thread(load_text, model_path, settings.model.chat_template)
+        if database is not None and writer is not None:
+            await _migrate(database)
+            writer.start()
+        hardware.start()
+        stack.callback(hardware.stop)
+        loop = await self._scaling(stack, policy, endpoints, database)
+        services = Services(
+            settings=settings,
+            engine=self.engine,
+            text=text,
+            clock=self.clock,
+            model_name=model_name,
+            keys=keys,
+            drain=self.drain,
+            observer=self.recorder,
+            metrics_text=self.recorder.exposition,
+            on_record=writer.put_request if writer is not None else lambda _: None,
+        )
+        app = create_app(services)
+        if loop is not None:
+            add_scaling_routes(app, loop, caller=lambda request: str(request.get(KEY_ID, "")))
+        self.url = await _listen(stack, app, settings)
+        scheduler = self._schedule(stack, hardware, database, writer, services)
+        if loop is not None:
+            loop.schedule(scheduler, settings.scaling.interval_seconds)
+        _log.info("SLO: first token within %g s, %g s per output token (%s)", slo.ttft_seconds, slo.tpot_seconds, slo.reason)
+
+    def _writer(self, database: Database | None, folder: StateFolder) -> StoreWriter | None:
+        if database is None:
+            return None
+        settings = self.settings
+        return StoreWriter(
+            database,
+            settings=settings.store,
+            clock=self.clock,
+            spool_dir=folder.spool,
+            instance_id=settings.instance_id,
+            fleet=settings.fleet,
+        )
+
+    async def _scaling(self, stack: AsyncExitStack, policy: Policy, endpoints: tuple[str, ...], database: Database | None) -> ScalingLoop | None:
+        settings, scaling = self.settings, self.settings.scaling
+        if scaling.mode == "off":
+            return None
+        outbox = Outbox(database, instance_id=settings.instance_id, fleet=settings.fleet) if database is not None else None
+        courier = None
+        if outbox is not None and endpoints and scaling.webhook_secret is not None:
+            courier = Courier(outbox, Signer(scaling.webhook_secret.get_secret_value()), clock=self.clock, observer=self.recorder)
+            courier.start()
+            stack.push_async_callback(courier.close)
+        return ScalingLoop(
+            policy,
+            self.recorder.snapshot,
+            clock=self.clock,
+            outbox=outbox,
+            courier=courier,
+            endpoints=endpoints,
+            observer=self.recorder,
+        )
+
+    def _schedule(
+        self, stack: AsyncExitStack, hardware: HardwareReader, database: Database | None, writer: StoreWriter | None, services: Services
+    ) -> AsyncIOScheduler:
+        scheduler = AsyncIOScheduler(job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": _JOB_GRACE_SECONDS}, timezone="UTC")
+
+        async def tick() -> None:
+            self.recorder.tick()
+
+        async def watchdog() -> None:
+            """Alive to systemd only while the engine lives: one that has failed for good is helped by a restart of the service."""
+            if why_not_alive(services) is None:
+                self.notifier.watchdog()
+
+        scheduler.add_job(tick, "interval", seconds=1.0)
+        if self.notifier.watchdog_seconds is not None:
+            scheduler.add_job(watchdog, "interval", seconds=self.notifier.watchdog_seconds / 2)
+        if database is not None and writer is not None:
+            sampler = Sampler(self.recorder)
+
+            async def sample() -> None:
+                writer.put_sample(sampler.take(hardware.latest))
+
+            async def purge() -> None:
+                before = self.clock.wall() - self.settings.store.retention_days * _DAY_SECONDS
+                with contextlib.suppress(SQLAlchemyError, OSError):  # the database is away: the next hour's run takes these rows too
+                    await queries.purge(database, before_wall=before)
+
+            scheduler.add_job(sample, "interval", seconds=self.settings.metrics.sample_seconds)
+            scheduler.add_job(purge, "interval", hours=1)
+        scheduler.start()
+        stack.callback(scheduler.shutdown, wait=False)
+        return scheduler
+
+
+def engine_start(settings: Settings, model_path: str, folder: StateFolder, itl_target_seconds: float) -> Start:
+    """The first frame to the engine. Fields that Start shares with the settings go over by name."""
+    shared = {name: value for name, value in settings.engine if name in Start.__struct_fields__}
+    model = settings.model
+    return Start(
+        model_path=model_path,
+        cache_dir=str(folder.cache),
+        dtype=model.dtype,
+        quantization=model.quantization,
+        context_length=model.context_length,
+        seed=model.seed,
+        itl_target_seconds=itl_target_seconds,
+        **shared,
+    )
+
+
+async def _migrate(database: Database) -> None:
+    """Bring the schema up to date. A database that is away is no reason not to serve: rows spool, and the writer migrates when it answers."""
+    try:
+        await database.migrate()
+    except (SQLAlchemyError, OSError) as error:
+        _log.warning("the database does not answer (%s): serving on, rows are spooled", error)
+
+
+async def _listen(stack: AsyncExitStack, app: web.Application, settings: Settings) -> str:
+    """Answer on the configured address; the base URL with the port that was taken."""
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=_ABORT_SECONDS)
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    site = web.TCPSite(runner, settings.server.host, settings.server.port, backlog=1024)
+    await site.start()
+    port = runner.addresses[0][1]
+    host = settings.server.host
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+@asynccontextmanager
+async def running(settings: Settings, clock: Clock | None = None) -> AsyncIterator[Appliance]:
+    """An appliance for the length of the block, stopped at its end whatever happens."""
+    appliance = Appliance(settings, clock or SystemClock())
+    await appliance.start()
+    try:
+        yield appliance
+    finally:
+        await appliance.stop()
+
+
+async def serve(settings: Settings) -> int:
+    """Serve until SIGINT or SIGTERM; drain; the exit status. A second signal aborts what is still open."""
+    configure_logs(settings.log)
+    stop, abort = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, lambda: abort.set() if stop.is_set() else stop.set())
+    async with running(settings) as appliance:
+        _print_urls(appliance)
+        readiness = asyncio.create_task(_announce(appliance))
+        stopped = asyncio.create_task(stop.wait())
+        await asyncio.wait({readiness, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if readiness.done() and not await readiness:
+            stopped.cancel()
+            return 1
+        await stopped
+        readiness.cancel()
+        await appliance.drain_requests(abort)
+    return 0
+
+
+async def _announce(appliance: Appliance) -> bool:
+    """Say what the engine chose once it serves. False: it cannot serve at all, and said why."""
+    appliance.notifier.ready("loading the model")  # the API answers; /ready tells the rest
+    try:
+        ready = await appliance.engine.wait_ready()
+    except EngineFailed as error:
+        print(f"appliance: {error.message}", file=sys.stderr)
+        return False
+    for reason in ready.reasons:
+        _log.info(reason)
+    _log.info("ready after %.1f s: %s, %s, %d parameters", ready.load_seconds, ready.device, ready.dtype, ready.num_parameters)
+    appliance.notifier.status(f"serving on {appliance.url}")
+    return True
+
+
+def _print_urls(appliance: Appliance) -> None:
+    url = appliance.url
+    body = '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
+    print(
+        f"API      {url}/v1\nMetrics  {url}/metrics\nReady    {url}/ready\n\nTry:\n"
+        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n",
+        flush=True,
+    )
