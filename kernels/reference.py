@@ -81,7 +81,7 @@ def decode_attention(q: Tensor, key_cache: Tensor, value_cache: Tensor, batch: k
     """Attention of the batch's decodes, q [num_decodes, Hq, D]; returns the same shape. One gather of all contexts, padded to the longest."""
     lens = batch.context_lens[: batch.num_decodes]
     longest = int(lens.max()) if lens.device.type == "cpu" else batch.max_context_len
-    span = longest if sliding_window is None else min(longest, sliding_window + key_cache.shape[2])
+    span = longest if sliding_window is None else min(longest, sliding_window)
     group = max(1, _GATHER_ELEMENTS // max(1, span * key_cache.shape[1] * key_cache.shape[3]))
     out = torch.empty_like(q)
     for start in range(0, batch.num_decodes, group):
@@ -105,15 +105,12 @@ def _decode_group(
     num_kv_heads, block_size = key_cache.shape[1], key_cache.shape[2]
     lens = lens.long()
     oldest = torch.zeros_like(lens) if sliding_window is None else (lens - sliding_window).clamp(min=0)  # first visible position
-    base = oldest // block_size
-    columns = base.unsqueeze(1) + torch.arange(max(1, -(-span // block_size)), device=q.device)
-    tables = block_tables.index_select(0, rows.long())
-    blocks = tables.gather(1, columns.clamp(max=tables.shape[1] - 1))
-    keys, values = (_gather(cache, blocks) for cache in (key_cache, value_cache))
-    positions = (base * block_size).unsqueeze(1) + torch.arange(keys.shape[2], device=q.device)
-    for gathered in (keys, values):  # what lies past a context was never written and may be NaN, which no weight of 0 makes harmless
-        gathered.masked_fill_((positions >= lens.unsqueeze(1))[:, None, :, None], 0.0)
-    visible = (positions >= oldest.unsqueeze(1)) & (positions < lens.unsqueeze(1))
+    positions = oldest.unsqueeze(1) + torch.arange(max(1, span), device=q.device)
+    visible = positions < lens.unsqueeze(1)
+    # Past a context its last token is read again: memory that was never written may hold NaN, which no weight of 0 makes harmless.
+    positions = torch.minimum(positions, (lens - 1).clamp(min=0).unsqueeze(1))
+    blocks = block_tables[rows.long().unsqueeze(1), positions // block_size]
+    keys, values = (_gather(cache, blocks.long(), positions % block_size) for cache in (key_cache, value_cache))
     grouped = q.to(torch.float32).reshape(num, num_kv_heads, num_heads // num_kv_heads, head_dim)
     out = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=visible[:, None, None], scale=scale)
     return torch.where(lens[:, None, None, None] > 0, out, 0.0).reshape(num, num_heads, head_dim).to(q.dtype)
@@ -127,16 +124,15 @@ def chunk_attention(
     num_kv_heads, block_size = key_cache.shape[1], key_cache.shape[2]
     first = context_len - length
     oldest = 0 if sliding_window is None else max(0, first - sliding_window + 1)
-    base = oldest // block_size
-    blocks = block_table[base : -(-context_len // block_size)].long().unsqueeze(0)
-    keys, values = (_gather(cache, blocks)[:, :, : context_len - base * block_size] for cache in (key_cache, value_cache))
+    positions = torch.arange(oldest, context_len, device=q.device)
+    blocks = block_table.index_select(0, positions // block_size).long()
+    keys, values = (_gather(cache, blocks.unsqueeze(0), (positions % block_size).unsqueeze(0)) for cache in (key_cache, value_cache))
     mask = None
     if first > 0 or sliding_window is not None:
-        key_positions = torch.arange(base * block_size, context_len, device=q.device)
         query_positions = torch.arange(first, context_len, device=q.device).unsqueeze(1)
-        mask = key_positions <= query_positions
+        mask = positions <= query_positions
         if sliding_window is not None:
-            mask &= key_positions > query_positions - sliding_window
+            mask &= positions > query_positions - sliding_window
     out = functional.scaled_dot_product_attention(
         q.to(torch.float32).transpose(0, 1).unsqueeze(0),
         keys,
@@ -149,11 +145,12 @@ def chunk_attention(
     return out.squeeze(0).transpose(0, 1).to(q.dtype)
 
 
-def _gather(cache: Tensor, blocks: Tensor) -> Tensor:
-    """Blocks [N, m] of one cache as float32 [N, Hkv, m * block_size, D]."""
+def _gather(cache: Tensor, blocks: Tensor, offsets: Tensor) -> Tensor:
+    """The tokens at `offsets` [N, L] of `blocks` [N, L] of one cache, as float32 [N, Hkv, L, D]: one copy, in the order that attention reads."""
     _, num_kv_heads, block_size, head_dim = cache.shape
-    picked = cache.index_select(0, blocks.reshape(-1)).reshape(*blocks.shape, num_kv_heads, block_size, head_dim)
-    return picked.transpose(1, 2).reshape(blocks.shape[0], num_kv_heads, -1, head_dim).to(torch.float32)
+    heads = torch.arange(num_kv_heads, device=cache.device).unsqueeze(1)
+    lines = (blocks.unsqueeze(1) * num_kv_heads + heads) * block_size + offsets.unsqueeze(1)
+    return cache.view(-1, head_dim).index_select(0, lines.view(-1)).view(*lines.shape, head_dim).to(torch.float32)
 
 
 class ReferenceOps:

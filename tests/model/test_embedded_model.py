@@ -77,6 +77,7 @@ def test_greedy_tokens_equal_those_of_transformers(decoder: Decoder, theirs: Pre
 
 
 @pytest.mark.acceptance
+@pytest.mark.timeout(900)
 def test_greedy_tokens_equal_those_of_transformers_for_twenty_prompts(decoder: Decoder, theirs: PreTrainedModel, embedded_model: Path) -> None:
     """Twenty prompts, 64 tokens each; at most one may part at a near-tie."""
     assert assert_same_tokens(decoder, theirs, encode(embedded_model, PROMPTS), 64) <= 1
