@@ -36,7 +36,8 @@ class DummyWeights:
         deviation = shape[1] ** -0.5
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             deviation *= (2 * self.config.num_layers) ** -0.5
-        generator = torch.Generator(self._device).manual_seed((self._seed << 32 | zlib.crc32(name.encode())) & ((1 << 63) - 1))
+        # 32 bits: torch's generator on CPU ignores the rest of its seed.
+        generator = torch.Generator(self._device).manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
         return torch.empty(shape, dtype=self._dtype, device=self._device).normal_(0.0, deviation, generator=generator)
 
     def maps(self) -> Sequence[Tensor]:
