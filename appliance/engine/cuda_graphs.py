@@ -39,11 +39,13 @@ class StepGraphs:
         forward: Callable[[Bucket, int, int], Tensor],
         sample: Callable[[Tensor, Bucket, bool], Tensor],
         limits: SchedulerLimits,
+        max_num_tokens: int,
         device: torch.device,
     ) -> None:
         self._forward = forward
         self._sample = sample
         self._limits = limits
+        self._max_num_tokens = max_num_tokens  # of the device's buffers: room for what a bucket pads
         self._pool = torch.cuda.graph_pool_handle()
         self._captured: dict[Bucket, _Captured] = {}
         self._decode_sizes = _sizes_up_to(DECODE_SIZES, limits.max_num_seqs)
@@ -67,7 +69,7 @@ class StepGraphs:
                 return None
             chunks = min(_round_up(CHUNK_COUNTS, exact.num_chunks), self._limits.max_num_chunks)
             bucket = Bucket(_round_up(self._mixed_sizes, exact.num_decodes), chunks, _round_up(CHUNK_TOKEN_SIZES, exact.num_chunk_tokens))
-            if bucket.num_tokens > self._limits.max_num_batched_tokens:
+            if bucket.num_tokens > self._max_num_tokens:
                 return None
         if bucket not in self._captured and len(self._captured) >= MAX_GRAPHS:
             return None

@@ -77,7 +77,7 @@ class Engine:
 
     def submit(self, message: Submit) -> Rejected | None:
         """Queue a sequence, or say why not."""
-        sequence = Sequence(message, self.scheduler.next_arrival())
+        sequence = Sequence(message, self.scheduler.next_arrival(), self.limits.context_length)
         num_tokens = len(sequence.token_ids)
         if num_tokens >= self.limits.context_length:
             text = f"{num_tokens} tokens leave no room for an output within the context length of {self.limits.context_length}"
@@ -134,31 +134,27 @@ class Engine:
         self._in_flight.append(_InFlight(launched, started_at, scheduled_at - started_at, time.monotonic() - scheduled_at))
 
     def _process(self, launched: LaunchedStep, result: StepResult, now: float) -> None:
-        for row, token_id in zip(launched.rows, result.token_ids, strict=True):
-            sequence = row.sequence
-            sequence.num_pending -= 1
+        report, block_size = self._report, self.limits.block_size
+        for sequence, token_id in zip(launched.sequences, result.token_ids, strict=True):
             if self._sequences.get(sequence.id) is not sequence:
-                self._report.num_surplus += 1
+                report.num_surplus += 1
                 continue
-            if sequence.num_outputs == 0:
-                self._report.events.append(SequenceEvent(sequence.id, "prefilled", now, sequence.num_cached))
+            if len(sequence.token_ids) == sequence.num_prompt:
+                report.events.append(SequenceEvent(sequence.id, "prefilled", now, sequence.num_cached))
             sequence.token_ids.append(token_id)
-            self._report.sequence_ids.append(sequence.id)
-            self._report.token_ids.append(token_id)
-            if sequence.id in result.logprobs:
-                self._report.logprobs[sequence.id] = result.logprobs[sequence.id]
-            if sequence.row is not None:
+            report.sequence_ids.append(sequence.id)
+            report.token_ids.append(token_id)
+            if sequence.row is not None and len(sequence.token_ids) // block_size > sequence.num_registered:
                 self.scheduler.register_blocks(sequence)
             if (reason := self._finish_reason(sequence, token_id)) is not None:
                 self._end(sequence, reason)
+        report.logprobs.update(result.logprobs)
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> str | None:
         sampling = sequence.sampling
         if token_id in sampling.stop_token_ids and sequence.num_outputs > sampling.min_tokens:
             return "stop"
-        if sequence.num_outputs >= sampling.max_tokens or len(sequence.token_ids) >= self.limits.context_length:
-            return "length"
-        return None
+        return "length" if len(sequence.token_ids) >= sequence.max_tokens else None
 
     def _end(self, sequence: Sequence, reason: str, detail: str = "") -> None:
         del self._sequences[sequence.id]

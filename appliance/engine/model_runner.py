@@ -14,7 +14,7 @@ from torch import Tensor
 from appliance.engine.batch import Bucket, DeviceBatch
 from appliance.engine.cuda_graphs import StepGraphs
 from appliance.engine.scheduler import SchedulerLimits, StepPlan
-from appliance.engine.sequence import Sequence
+from appliance.engine.sequence import BIAS, LOGPROBS, MIN_P, NOT_GREEDY, PENALTIES, TOP_K, TOP_P, Sequence
 from appliance.engine.wire import TokenLogprobs
 from appliance.kernels.ops import AttentionBatch, Ops, Sampled, SamplingBatch, StepInput
 
@@ -23,19 +23,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class SampledRow:
-    """A sequence that got a token in a step, and the entry of the batch it stood in."""
-
-    sequence: Sequence
-    entry: int
-
-
-@dataclass(slots=True)
 class LaunchedStep:
-    """A step on its way. `outputs` are host tensors, valid once `done` has passed (at once on CPU)."""
+    """A step on its way. `sequences` are those that get a token: the decodes, then those whose chunk is final. `outputs` are host tensors, valid
+    once `done` has passed (at once on CPU).
+    """
 
     plan: StepPlan
-    rows: list[SampledRow]
+    sequences: list[Sequence]
+    entries: list[int]  # of the final chunks alone; the i-th decode is entry i
     outputs: list[Tensor]
     done: torch.cuda.Event | None
     graph_hit: bool
@@ -43,7 +38,7 @@ class LaunchedStep:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Token ids of `LaunchedStep.rows`, in their order, and logprobs of those that asked."""
+    """Token ids of `LaunchedStep.sequences`, in their order, and logprobs of those that asked."""
 
     token_ids: list[int]
     logprobs: dict[int, TokenLogprobs]
@@ -73,7 +68,11 @@ class ModelRunner:
         self._is_cuda = device.type == "cuda"
         self._copy_stream = torch.cuda.Stream(device) if self._is_cuda else None
         self._copied: torch.cuda.Event | None = None
-        self.graphs = StepGraphs(self._forward, self._sample_plain, limits, device) if use_graphs and self._is_cuda else None
+        self.graphs: StepGraphs | None = None
+        self._logits: Tensor | None = None  # where all graphs leave their logits: one buffer, since only the newest are read
+        if use_graphs and self._is_cuda:
+            self.graphs = StepGraphs(self._forward, self._sample_plain, limits, max_num_tokens, device)
+            self._logits = torch.zeros(self.batch.max_entries, self.vocab_size, dtype=decoder.dtype, device=device)
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Start a step. On CUDA this returns while it runs; on CPU it is done."""
@@ -83,9 +82,13 @@ class ModelRunner:
         graph_hit = bucket is not None
         shape = bucket or exact
         self.batch.upload_step(plan, shape)
-        rows = [SampledRow(sequence, entry) for entry, sequence in enumerate(plan.decodes)]
-        rows.extend(SampledRow(chunk.sequence, shape.num_decodes + index) for index, chunk in enumerate(plan.chunks) if chunk.final)
-        sampling = self._sampling_batch(rows, shape)
+        sequences = list(plan.decodes)
+        entries = []
+        for index, chunk in enumerate(plan.chunks):
+            if chunk.final:
+                sequences.append(chunk.sequence)
+                entries.append(shape.num_decodes + index)
+        sampling = self._sampling_batch(sequences, entries, shape)
         if self._copied is not None:
             torch.cuda.current_stream().wait_event(self._copied)  # the ids of the step before are out of the buffer that this one writes
         if bucket is not None and self.graphs is not None:
@@ -95,26 +98,16 @@ class ModelRunner:
         else:
             sampled = self._sample(self._forward(shape, *self._bounds(plan)), sampling, shape)
         outputs, done = self._fetch(sampled)
-        return LaunchedStep(plan, rows, outputs, done, graph_hit)
+        return LaunchedStep(plan, sequences, entries, outputs, done, graph_hit)
 
     def collect(self, step: LaunchedStep) -> StepResult:
         """Wait for a step and read its tokens."""
         if step.done is not None:
             step.done.synchronize()
         ids = step.outputs[0].tolist()
-        token_ids = [ids[row.entry] for row in step.rows]
-        logprobs: dict[int, TokenLogprobs] = {}
-        if len(step.outputs) > 1:
-            _, values, ranks, top_ids, top_values = step.outputs
-            for row in step.rows:
-                wanted = row.sequence.sampling.num_logprobs
-                if wanted is None:
-                    continue
-                entry = row.entry
-                logprobs[row.sequence.id] = TokenLogprobs(
-                    float(values[entry]), int(ranks[entry]), tuple(top_ids[entry, :wanted].tolist()), tuple(top_values[entry, :wanted].tolist())
-                )
-        return StepResult(token_ids, logprobs)
+        token_ids = ids[: len(step.plan.decodes)]
+        token_ids.extend(ids[entry] for entry in step.entries)
+        return StepResult(token_ids, _logprobs(step) if len(step.outputs) > 1 else {})
 
     def forget(self, sequence: Sequence) -> None:
         """Drop what is kept for a sequence beside its row."""
@@ -151,7 +144,8 @@ class ModelRunner:
         step = self.batch.step_input(bucket)
         batch = self.batch.attention_batch(bucket, max_query_len, max_context_len)
         self.ops.prepare_inputs(self.batch.state, step, batch, self.limits.block_size)
-        return self.decoder.logits(self.decoder.forward(batch, self.kv_caches))
+        out = None if self._logits is None else self._logits[: bucket.num_entries]
+        return self.decoder.logits(self.decoder.forward(batch, self.kv_caches), out)
 
     def _sample(self, logits: Tensor, sampling: SamplingBatch, bucket: Bucket) -> Sampled:
         sampled = self.ops.sample(logits, sampling)
@@ -177,7 +171,7 @@ class ModelRunner:
         if updates is not None:
             self.ops.apply_updates(self.batch.state, *updates)
         for sequence in plan.new_rows:
-            if _has_penalties(sequence):
+            if sequence.sampling_flags & PENALTIES:
                 self._fill_penalty_row(sequence)
             if sequence.sampling.logit_bias and sequence.id not in self._bias:
                 ids = torch.tensor(list(sequence.sampling.logit_bias), dtype=torch.int64)
@@ -198,41 +192,43 @@ class ModelRunner:
         state.prompt_mask[row, prompt] = True
         state.output_counts[row] = torch.bincount(outputs, minlength=self.vocab_size)[: self.vocab_size].int()
 
-    def _sampling_batch(self, rows: list[SampledRow], bucket: Bucket) -> SamplingBatch:
-        options = [row.sequence.sampling for row in rows]
-        asked = [option.num_logprobs for option in options if option.num_logprobs is not None]
+    def _sampling_batch(self, sequences: list[Sequence], entries: list[int], bucket: Bucket) -> SamplingBatch:
+        flags = 0
+        for sequence in sequences:
+            flags |= sequence.sampling_flags
         batch = SamplingBatch(
             rows=self.batch.step_input(bucket).rows,
             state=self.batch.state,
-            all_greedy=all(option.temperature == 0.0 for option in options),
-            use_top_k=any(option.top_k > 0 for option in options),
-            use_top_p=any(option.top_p < 1.0 for option in options),
-            use_min_p=any(option.min_p > 0.0 for option in options),
-            use_penalties=any(_has_penalties(row.sequence) for row in rows),
-            num_logprobs=max(asked) if asked else None,
+            all_greedy=not flags & NOT_GREEDY,
+            use_top_k=bool(flags & TOP_K),
+            use_top_p=bool(flags & TOP_P),
+            use_min_p=bool(flags & MIN_P),
+            use_penalties=bool(flags & PENALTIES),
         )
-        self._add_bias(batch, rows)
+        if flags & LOGPROBS:
+            batch.num_logprobs = max(sequence.sampling.num_logprobs or 0 for sequence in sequences)
+        if flags & BIAS:
+            num_decodes = len(sequences) - len(entries)
+            self._add_bias(batch, list(zip(sequences, [*range(num_decodes), *entries], strict=True)))
         return batch
 
-    def _add_bias(self, batch: SamplingBatch, rows: list[SampledRow]) -> None:
+    def _add_bias(self, batch: SamplingBatch, rows: list[tuple[Sequence, int]]) -> None:
         entries: list[Tensor] = []
         ids: list[Tensor] = []
         values: list[Tensor] = []
-        for row in rows:
-            found = [self._bias[row.sequence.id]] if row.sequence.id in self._bias else []
-            if (ban := self._banned(row.sequence)) is not None:
-                found.append(ban)
-            for bias_ids, bias_values in found:
-                entries.append(torch.full_like(bias_ids, row.entry))
-                ids.append(bias_ids)
-                values.append(bias_values)
+        for sequence, entry in rows:
+            for found in (self._bias.get(sequence.id), self._banned(sequence)):
+                if found is not None:
+                    entries.append(torch.full_like(found[0], entry))
+                    ids.append(found[0])
+                    values.append(found[1])
         if entries:
             batch.bias_entries, batch.bias_ids, batch.bias_values = torch.cat(entries), torch.cat(ids), torch.cat(values)
 
     def _banned(self, sequence: Sequence) -> tuple[Tensor, Tensor] | None:
         """The ends that `min_tokens` forbids at the output that this step samples."""
         sampling = sequence.sampling
-        index = sequence.num_outputs + sequence.num_pending - 1
+        index = sequence.num_tokens - 1 - sequence.num_prompt
         if index >= sampling.min_tokens or not sampling.stop_token_ids:
             return None
         ids = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=self.device)
@@ -271,6 +267,13 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
-def _has_penalties(sequence: Sequence) -> bool:
-    sampling = sequence.sampling
-    return sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
+def _logprobs(step: LaunchedStep) -> dict[int, TokenLogprobs]:
+    """Of the sequences that asked for them."""
+    _, values, ranks, top_ids, top_values = step.outputs
+    found = {}
+    for sequence, entry in zip(step.sequences, [*range(len(step.plan.decodes)), *step.entries], strict=True):
+        wanted = sequence.sampling.num_logprobs
+        if wanted is not None:
+            tops = tuple(top_ids[entry, :wanted].tolist()), tuple(top_values[entry, :wanted].tolist())
+            found[sequence.id] = TokenLogprobs(float(values[entry]), int(ranks[entry]), *tops)
+    return found

@@ -120,7 +120,7 @@ class Scheduler:
     def _schedule_decodes(self, plan: StepPlan, now: float) -> None:
         size = self.limits.block_size
         for sequence in list(self.running):
-            if sequence.row is None or sequence.is_prefilling or sequence.is_last_sample_launched(self.limits.context_length):
+            if sequence.row is None or sequence.is_prefilling or sequence.num_tokens >= sequence.max_tokens:
                 continue
             if sequence.num_tokens > len(sequence.blocks) * size:
                 while self.pool.num_free < 1 and sequence.row is not None:
@@ -234,7 +234,7 @@ class Scheduler:
     def _mark_launched(self, plan: StepPlan, now: float) -> None:
         for sequence in plan.decodes:
             sequence.num_computed = sequence.num_tokens
-            sequence.num_pending += 1
+            sequence.num_tokens += 1
             self.waiting.charge(sequence.key_id, 1)
         in_chunks = set()
         for chunk in plan.chunks:
@@ -243,7 +243,7 @@ class Scheduler:
             sequence.num_computed = chunk.start + chunk.length
             if chunk.final:
                 sequence.is_prefilling = False
-                sequence.num_pending += 1
+                sequence.num_tokens += 1
             if not sequence.in_step:
                 sequence.in_step = True
                 plan.events.append(SequenceEvent(sequence.id, "prefill", now))

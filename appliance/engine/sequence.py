@@ -7,6 +7,22 @@ from array import array
 
 from appliance.engine.wire import Sampling, Submit
 
+NOT_GREEDY, TOP_K, TOP_P, MIN_P, PENALTIES, LOGPROBS, BIAS = (1 << bit for bit in range(7))
+
+
+def sampling_flags(sampling: Sampling) -> int:
+    """What a sequence asks of the sampler beyond the highest logit, as bits: a step's needs are the OR of its sequences'."""
+    asked = (
+        (sampling.temperature != 0.0, NOT_GREEDY),
+        (sampling.top_k > 0, TOP_K),
+        (sampling.top_p < 1.0, TOP_P),
+        (sampling.min_p > 0.0, MIN_P),
+        (sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0, PENALTIES),
+        (sampling.num_logprobs is not None, LOGPROBS),
+        (bool(sampling.logit_bias) or sampling.min_tokens > 0, BIAS),
+    )
+    return sum(flag for wanted, flag in asked if wanted)
+
 
 class Sequence:
     """Mutable; owned by the scheduler.
@@ -15,7 +31,7 @@ class Sequence:
 
         token_ids    p p p p p | o o o o        ids known to the host: prompt, then outputs
         num_computed ^^^^^^^^^^^^^^^^^ 9        positions whose KV is written by steps launched so far
-        num_pending                      ? 1    sampled by launched steps, id not yet read
+        num_tokens   ^^^^^^^^^^^^^^^^^ ? 10     tokens that exist, those sampled by launched steps included
     """
 
     __slots__ = (
@@ -30,21 +46,23 @@ class Sequence:
         "in_step",
         "is_prefilling",
         "key_id",
+        "max_tokens",
         "num_cached",
         "num_computed",
-        "num_pending",
         "num_preemptions",
         "num_prompt",
         "num_registered",
+        "num_tokens",
         "priority",
         "queued_at",
         "row",
         "sampling",
+        "sampling_flags",
         "token_ids",
         "was_scheduled",
     )
 
-    def __init__(self, submit: Submit, arrival: int) -> None:
+    def __init__(self, submit: Submit, arrival: int, context_length: int) -> None:
         self.id = submit.sequence_id
         self.sampling: Sampling = submit.sampling
         self.token_ids = array("i")
@@ -63,7 +81,9 @@ class Sequence:
         self.hashes: list[bytes] = []  # of its full blocks, chained
         self.num_registered = 0  # blocks that were offered to the prefix cache
         self.num_computed = 0
-        self.num_pending = 0
+        self.num_tokens = len(self.token_ids)
+        self.max_tokens = min(self.num_prompt + self.sampling.max_tokens, context_length)  # it ends when num_tokens reaches this
+        self.sampling_flags = sampling_flags(self.sampling)
         self.num_cached = 0  # prompt tokens found in the prefix cache at the newest admission
         self.num_preemptions = 0
         self.is_prefilling = False
@@ -77,13 +97,9 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens that exist, those still on the device included."""
-        return len(self.token_ids) + self.num_pending
-
-    def is_last_sample_launched(self, context_length: int) -> bool:
-        """True once the step that samples its last possible token is launched: it needs no further one."""
-        return self.num_outputs + self.num_pending >= self.sampling.max_tokens or self.num_tokens >= context_length
+    def num_pending(self) -> int:
+        """Tokens that launched steps sample and whose ids are not read yet."""
+        return self.num_tokens - len(self.token_ids)
 
     def extend_hashes(self, block_size: int, limit: int) -> None:
         """Hash its full blocks of known ids up to token `limit`. SHA-256 of the parent's hash and the ids; the salt goes into the first."""

@@ -69,16 +69,19 @@ class Decoder:
         last = len(self._layers) - 1
         for index, (layer, kv_cache) in enumerate(zip(self._layers, kv_caches, strict=True)):
             attended = layer.attend(ops, hidden, self._cos_sin, kv_cache, batch)
-            if index == last:  # past its attention, only the rows that reach the head are wanted
+            if index == last and batch.num_decodes < residual.shape[0]:  # past its attention, only the rows that reach the head are wanted
                 attended, residual = attended.index_select(0, batch.logit_index), residual.index_select(0, batch.logit_index)
             added = layer.finish(ops, attended, residual)
             norm = self._norm if index == last else self._layers[index + 1].input_norm
             hidden = ops.add_rms_norm(added, residual, norm, eps)
         return hidden
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[B, vocab_size] of hidden's dtype, for hidden states from `forward`."""
-        return self._head(hidden)
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """[B, vocab_size] of hidden's dtype, for hidden states from `forward`; written into `out` where one is given."""
+        if out is None:
+            return self._head(hidden)
+        write = getattr(self._head, "write", None)
+        return out.copy_(self._head(hidden)) if write is None else write(hidden, out)
 
 
 def load_model(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass, field
 
-from appliance.engine.model_runner import LaunchedStep, SampledRow, StepResult
+from appliance.engine.model_runner import LaunchedStep, StepResult
 from appliance.engine.scheduler import StepPlan
 from appliance.engine.sequence import Sequence
 
@@ -41,24 +41,23 @@ class SimulatedRunner:
     def launch(self, plan: StepPlan) -> LaunchedStep:
         for row, index, block in plan.new_blocks:
             self.table[row, index] = block
-        rows, ids = [], []
-        for entry, sequence in enumerate(plan.decodes):
+        sequences, ids = list(plan.decodes), []
+        for sequence in plan.decodes:
             position = sequence.num_computed - 1
             self._write(sequence, position, self.last_id[sequence.row])
-            rows.append(SampledRow(sequence, entry))
             ids.append(self._sample(sequence, position + 1))
-        for index, chunk in enumerate(plan.chunks):
+        for chunk in plan.chunks:
             for position in range(chunk.start, chunk.start + chunk.length):
                 self._write(chunk.sequence, position, chunk.sequence.token_ids[position])
             context = self._context(chunk.sequence, chunk.start + chunk.length)
             assert context == list(chunk.sequence.token_ids[: len(context)])
             if chunk.final:
-                rows.append(SampledRow(chunk.sequence, len(plan.decodes) + index))
+                sequences.append(chunk.sequence)
                 ids.append(self._sample(chunk.sequence, chunk.start + chunk.length))
         num_tokens = len(plan.decodes) + plan.num_prefill_tokens
         self.largest_step = max(self.largest_step, num_tokens)
         self.num_computed_tokens += num_tokens
-        return LaunchedStep(plan, rows, ids, None, graph_hit=False)
+        return LaunchedStep(plan, sequences, [], ids, None, graph_hit=False)
 
     def collect(self, step: LaunchedStep) -> StepResult:
         return StepResult(list(step.outputs), {})

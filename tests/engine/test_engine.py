@@ -217,12 +217,11 @@ def test_kv_waste_stays_under_four_percent() -> None:
 
 def _launch_without_checks(driver: Driver) -> Callable[..., object]:
     """The simulated launch in O(rows): this test reads sizes, not contents."""
-    from appliance.engine.model_runner import LaunchedStep, SampledRow
+    from appliance.engine.model_runner import LaunchedStep
 
     def launch(plan: object) -> LaunchedStep:
-        rows = [SampledRow(sequence, entry) for entry, sequence in enumerate(plan.decodes)]
-        rows += [SampledRow(chunk.sequence, 0) for chunk in plan.chunks if chunk.final]
-        return LaunchedStep(plan, rows, [1] * len(rows), None, graph_hit=False)
+        sequences = [*plan.decodes, *(chunk.sequence for chunk in plan.chunks if chunk.final)]
+        return LaunchedStep(plan, sequences, [], [1] * len(sequences), None, graph_hit=False)
 
     return launch
 

@@ -1,0 +1,119 @@
+"""Where a decode step's time goes: GPU time by kernel, and the host's by function, at a batch and context length.
+
+Usage: python benchmarks/step_profile.py MODEL [--batch 1 256] [--context 512]
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import cProfile
+import io
+import pstats
+import random
+import tempfile
+import time
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from appliance.engine.engine import Engine
+from appliance.engine.loading import build_engine
+from appliance.engine.wire import Sampling, Start, Submit, pack_ids
+
+_STEPS = 20
+
+
+class _Silent:
+    def enter(self, name: str, detail: str = "") -> None:
+        pass
+
+    def progress(self, share: float) -> None:
+        pass
+
+
+def main() -> None:
+    """Profile each batch size in turn."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 256])
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument("--quantization", default="auto")
+    parser.add_argument("--cache-dir")
+    parser.add_argument("--host", action="store_true", help="profile the host's functions too")
+    options = parser.parse_args()
+    start = Start(
+        model_path=options.model,
+        cache_dir=options.cache_dir or tempfile.mkdtemp(),
+        context_length=4096,
+        prefix_caching=False,
+        quantization=options.quantization,
+    )
+    engine, ready = build_engine(start, _Silent(), lambda _: None)
+    while engine.runner.capture_next_graph(lambda: None):
+        pass
+    print(f"{options.model.split('/')[-1]} {ready.device} {ready.dtype}", flush=True)
+    for batch in options.batch:
+        _fill(engine, batch, options.context, options.temperature)
+        began = time.monotonic()
+        for _ in range(_STEPS):
+            engine.step()
+        torch.cuda.synchronize()
+        print(f"batch {batch}, context {options.context}: {1e3 * (time.monotonic() - began) / _STEPS:.3f} ms a step", flush=True)
+        with profile(activities=[ProfilerActivity.CUDA]) as trace:
+            for _ in range(_STEPS):
+                engine.step()
+            torch.cuda.synchronize()
+        _print_kernels(trace)
+        if options.host:
+            _print_host(engine)
+        _drain(engine)
+
+
+def _fill(engine: Engine, batch: int, context: int, temperature: float) -> None:
+    rng = random.Random(1)
+    for index in range(batch):
+        prompt = pack_ids(rng.randint(3, 10000) for _ in range(context))
+        sampling = Sampling(max_tokens=3000, seed=index, temperature=temperature)
+        engine.submit(Submit(sequence_id=index, prompt_ids=prompt, sampling=sampling))
+    while engine.scheduler.waiting or any(sequence.is_prefilling for sequence in engine.scheduler.running):
+        engine.step()
+    for _ in range(4):
+        engine.step()
+
+
+def _print_kernels(trace: profile) -> None:
+    total: collections.Counter[str] = collections.Counter()
+    calls: collections.Counter[str] = collections.Counter()
+    for event in trace.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            total[event.name] += event.device_time
+            calls[event.name] += 1
+    print(f"  {sum(total.values()) / _STEPS:9.1f} us in kernels")
+    for name, spent in total.most_common(16):
+        print(f"  {spent / _STEPS:9.1f} us {calls[name] / _STEPS:6.1f} x {spent / calls[name]:8.2f} us  {name[:110]}", flush=True)
+
+
+def _print_host(engine: Engine) -> None:
+    profiler = cProfile.Profile()
+    profiler.enable()
+    for _ in range(_STEPS):
+        engine.step()
+    profiler.disable()
+    text = io.StringIO()
+    pstats.Stats(profiler, stream=text).sort_stats("tottime").print_stats(22)
+    print("\n".join(line[:150] for line in text.getvalue().splitlines()[6:]), flush=True)
+
+
+def _drain(engine: Engine) -> None:
+    from appliance.engine.wire import Abort
+
+    for sequence in list(engine.scheduler.running):
+        engine.abort(Abort(sequence.id))
+    while engine.has_work:
+        engine.step()
+
+
+if __name__ == "__main__":
+    main()
