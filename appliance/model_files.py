@@ -82,7 +82,7 @@ def _folder(folder: Path) -> str:
     if index.is_file():
         try:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{index}: not a safetensors index ({error})") from error
         if missing := [name for name in shards if not (folder / name).is_file()]:
             raise ModelError(f"{folder}: {len(missing)} of {len(shards)} weight files are missing, the first is {missing[0]}")
@@ -142,7 +142,7 @@ def _is_whole(target: Path) -> bool:
     """Whether the file is there with its size. Its sha256 was checked before it got its name."""
     try:
         return target.stat().st_size == EMBEDDED_BYTES
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 

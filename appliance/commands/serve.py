@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from appliance.commands._progress import fetch_progress
 from appliance.commands._settings import load_settings
@@ -17,5 +18,10 @@ def run(arguments: argparse.Namespace) -> int:
     import uvloop
 
     from appliance.app import serve
+    from appliance.store.database import MigrationFailed
 
-    return uvloop.run(serve(loaded.settings))
+    try:
+        return uvloop.run(serve(loaded.settings))
+    except MigrationFailed as error:
+        print(f"appliance: {error}", file=sys.stderr)
+        return 1

@@ -30,8 +30,7 @@ def test_transformers_imports_from_the_repository_root(path_entry: str) -> None:
 def test_alembic_of_the_root_hides_no_library() -> None:
     """With the root on sys.path, `from alembic import command` still finds the library: alembic/ holds no __init__.py."""
     assert not (ROOT / "alembic/__init__.py").exists()
-    done = subprocess.run(
-        [sys.executable, "-c", "from alembic import command; print(command.__file__)"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
-    )
+    command = [sys.executable, "-c", "from alembic import command; print(command.__file__)"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert "site-packages" in done.stdout
