@@ -68,7 +68,7 @@ check-compiler:
 # On a terminal, the shell's job control gives the server its own foreground process group: Ctrl-C then drains the server and make, which would
 # otherwise die of the same signal, sees it leave with 0.
 serve: $(VENV)/.installed
-	@if [ -t 0 ]; then set -m; fi; $(VENV)/bin/appliance serve $(ARGS)
+	@if [ -t 0 ]; then set -m; fi; status=0; $(VENV)/bin/appliance serve $(ARGS) || status=$$?; exit $$status
 
 bench: $(VENV)/.installed
 	@$(VENV)/bin/appliance bench $(ARGS)
