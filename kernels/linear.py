@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 import triton
@@ -15,8 +16,9 @@ from torch.nn import functional
 from appliance.kernels import ops
 from appliance.kernels.gguf_blocks import dequantize
 from appliance.kernels.launch import next_power_of_2
+from appliance.kernels.skinny_linear import skinny_linear
 
-FP8_MAX = 448.0  # largest float8_e4m3fn
+SKINNY_TOKENS: Final = 1  # up to this many tokens the weight-streaming kernel takes the place of cuBLAS
 
 
 @triton.jit
@@ -42,20 +44,20 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class DenseLinear:
-    """x @ weight.T + bias through cuBLAS. `weight` [out, in] may be shared with an embedding table."""
+    """x @ weight.T + bias. `weight` [out, in] may be shared with an embedding table. Through cuBLAS, but for up to `skinny_tokens` rows, which
+    the weight-streaming kernel takes (0 switches it off; it is off in float32, whose results then vary less with the batch)."""
 
-    __slots__ = ("bias", "weight")
+    __slots__ = ("bias", "skinny_tokens", "weight")
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight = weight
         self.bias = bias
+        self.skinny_tokens = SKINNY_TOKENS if weight.is_cuda and weight.element_size() == 2 else 0
 
     def __call__(self, x: Tensor) -> Tensor:
+        if 0 < x.shape[0] <= self.skinny_tokens:
+            return skinny_linear(x, self.weight, self.bias)
         return functional.linear(x, self.weight, self.bias)
-
-    def write(self, x: Tensor, out: Tensor) -> Tensor:
-        """The same into `out`."""
-        return torch.mm(x, self.weight.t(), out=out) if self.bias is None else torch.addmm(self.bias, x, self.weight.t(), out=out)
 
 
 class Fp8Linear:
