@@ -35,23 +35,24 @@ AttentionPlan::AttentionPlan(const AttentionShape& shape) : group(shape.num_head
 
 namespace {
 
-// Where key or value `position` of one sequence and head lies.
-template <class C>
-struct Pages {
-  const C* cache;
-  const int32_t* table;
-  int64_t block_stride;
-  int head_offset, block_size, head_dim;
-
-  Pages(const void* data, const AttentionShape& shape, const AttentionItem& item)
-      : cache((const C*)data), table(item.table), block_stride(int64_t(shape.num_kv_heads) * shape.block_size * shape.head_dim),
-        head_offset(item.kv_head * shape.block_size * shape.head_dim), block_size(shape.block_size), head_dim(shape.head_dim) {}
-  const C* at(int position) const {
-    return cache + table[position / block_size] * block_stride + head_offset + int64_t(position % block_size) * head_dim;
+// Where the keys (and, in the other cache, the values) of positions [begin, begin + count) lie, in elements from the cache's start.
+inline void find_rows(const AttentionShape& shape, const AttentionItem& item, int begin, int count, int64_t* offsets) {
+  int64_t block_stride = int64_t(shape.num_kv_heads) * shape.block_size * shape.head_dim;
+  int64_t head_offset = int64_t(item.kv_head) * shape.block_size * shape.head_dim;
+  int block = begin / shape.block_size, within = begin % shape.block_size;
+  for (int i = 0; i < count; ++block, within = 0) {
+    int64_t at = item.table[block] * block_stride + head_offset;
+    for (; within < shape.block_size && i < count; ++within) offsets[i++] = at + int64_t(within) * shape.head_dim;
   }
-};
+}
 
-constexpr int kWide = 4;  // vectors of a register tile's width
+template <class C>
+inline void prefetch_row(const C* row, int head_dim) {
+  for (int d = 0; d < head_dim; d += 64 / int(sizeof(C))) _mm_prefetch((const char*)(row + d), _MM_HINT_T0);
+}
+
+constexpr int kWide = 4;    // vectors of a register tile's width
+constexpr int kAhead = 16;  // keys
 
 // scores[r][0..4) = q rows [0, R) . 4 keys
 template <int R, class C>
@@ -86,10 +87,10 @@ inline void dot_keys(const float* q, const C* const* keys, int head_dim, float* 
 
 // out[r][d .. d + V * lanes) = sum over keys of p[r][key] * value[key], for rows [0, R)
 template <int R, int V, class Row>
-inline void weigh_values(const float* p, int stride, int num_keys, Row&& value, int d, float* out, int out_stride, const float* keep) {
+inline void weigh_values(const float* p, int stride, int num_keys, Row&& value, int d, float* out, int out_stride) {
   vf sums[R][V];
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) sums[r][v] = keep ? vmul(vset(keep[r]), vload(out + size_t(r) * out_stride + d + v * kLanes)) : vset(0.0f);
+    for (int v = 0; v < V; ++v) sums[r][v] = vset(0.0f);
   for (int i = 0; i < num_keys; ++i) {
     auto row = value(i) + d;
     vf x[V];
@@ -104,13 +105,13 @@ inline void weigh_values(const float* p, int stride, int num_keys, Row&& value, 
 }
 
 template <int R, class Row>
-inline void weigh_all(const float* p, int stride, int num_keys, Row&& value, int head_dim, float* out, int out_stride, const float* keep) {
+inline void weigh_all(const float* p, int stride, int num_keys, Row&& value, int head_dim, float* out, int out_stride) {
   int d = 0;
-  for (; d + kWide * kLanes <= head_dim; d += kWide * kLanes) weigh_values<R, kWide>(p, stride, num_keys, value, d, out, out_stride, keep);
-  for (; d < head_dim; d += kLanes) weigh_values<R, 1>(p, stride, num_keys, value, d, out, out_stride, keep);
+  for (; d + kWide * kLanes <= head_dim; d += kWide * kLanes) weigh_values<R, kWide>(p, stride, num_keys, value, d, out, out_stride);
+  for (; d < head_dim; d += kLanes) weigh_values<R, 1>(p, stride, num_keys, value, d, out, out_stride);
 }
 
-// exp(s - maximum) in place over [0, padded); returns the sum. Entries past `count` become 0.
+// exp(s - maximum) in place over [0, padded); returns the sum. Entries past `count` become next to nothing (1e-38).
 inline float softmax_weights(float* s, int count, int padded, float maximum) {
   for (int i = count; i < padded; ++i) s[i] = -std::numeric_limits<float>::infinity();
   vf sum = vset(0.0f), top = vset(maximum);
@@ -124,21 +125,31 @@ inline float softmax_weights(float* s, int count, int padded, float maximum) {
 
 inline float row_maximum(const float* s, int count) {
   float top = -std::numeric_limits<float>::infinity();
-  for (int i = 0; i < count; ++i) top = std::max(top, s[i]);
+  int i = 0;
+  if (count >= kLanes) {
+    vf lanes = vload(s);
+    for (i = kLanes; i + kLanes <= count; i += kLanes) lanes = vmax(lanes, vload(s + i));
+    top = vmaximum(lanes);
+  }
+  for (; i < count; ++i) top = std::max(top, s[i]);
   return top;
 }
 
 struct Scratch {
-  std::vector<float> q, scores, keys, values, out, state;
+  std::vector<float> q, scores, keys, values, out, state;  // keys and values: panels of Element (4 bytes either way)
 };
 
 template <int R, class C>
-void decode_rows(const AttentionShape& shape, const AttentionItem& item, const Pages<C>& keys, const Pages<C>& values, const float* q, float* scores,
+void decode_rows(const AttentionShape& shape, const int64_t* offsets, int count, const C* keys, const C* values, const float* q, float* scores,
                  float* out, float* maximum, float* weight) {
-  int count = item.end - item.begin, head_dim = shape.head_dim;
+  int head_dim = shape.head_dim;
   for (int i = 0; i < count; i += 4) {
     const C* rows[4];
-    for (int j = 0; j < 4; ++j) rows[j] = keys.at(std::min(item.begin + i + j, item.end - 1));
+    for (int j = 0; j < 4; ++j) {
+      rows[j] = keys + offsets[std::min(i + j, count - 1)];
+      prefetch_row(keys + offsets[std::min(i + j + kAhead, count - 1)], head_dim);  // blocks lie apart: hardware sees no stream
+      prefetch_row(values + offsets[std::min(i + j, count - 1)], head_dim);
+    }
     dot_keys<R>(q, rows, head_dim, scores + i, kSplitKeys);
   }
   int padded = (count + kLanes - 1) / kLanes * kLanes;
@@ -146,14 +157,17 @@ void decode_rows(const AttentionShape& shape, const AttentionItem& item, const P
     maximum[r] = row_maximum(scores + r * kSplitKeys, count);
     weight[r] = softmax_weights(scores + r * kSplitKeys, count, padded, maximum[r]);
   }
-  weigh_all<R>(scores, kSplitKeys, count, [&](int i) { return values.at(item.begin + i); }, head_dim, out, head_dim, nullptr);
+  weigh_all<R>(scores, kSplitKeys, count, [&](int i) { return values + offsets[i]; }, head_dim, out, head_dim);
 }
 
 template <class C>
 void decode_item(const AttentionShape& shape, AttentionPlan& plan, const AttentionItem& item, const float* q, const void* key_cache,
                  const void* value_cache, float* out, Scratch& scratch) {
   int head_dim = shape.head_dim, group = plan.group;
-  Pages<C> keys(key_cache, shape, item), values(value_cache, shape, item);
+  const C *keys = (const C*)key_cache, *values = (const C*)value_cache;
+  int count = item.end - item.begin;
+  int64_t offsets[kSplitKeys];
+  find_rows(shape, item, item.begin, count, offsets);
   scratch.q.resize(size_t(group) * head_dim);
   scratch.scores.resize(4 * kSplitKeys);
   const float* source = q + (size_t(item.first_token) * shape.num_heads + item.kv_head * group) * head_dim;
@@ -166,10 +180,10 @@ void decode_item(const AttentionShape& shape, AttentionPlan& plan, const Attenti
     const float* rows = scratch.q.data() + size_t(r) * head_dim;
     float* target = sums + size_t(r) * head_dim;
     int step = std::min(4, group - r);
-    if (step == 4) decode_rows<4>(shape, item, keys, values, rows, scratch.scores.data(), target, maximum, weight);
-    else if (step == 3) decode_rows<3>(shape, item, keys, values, rows, scratch.scores.data(), target, maximum, weight);
-    else if (step == 2) decode_rows<2>(shape, item, keys, values, rows, scratch.scores.data(), target, maximum, weight);
-    else decode_rows<1>(shape, item, keys, values, rows, scratch.scores.data(), target, maximum, weight);
+    if (step == 4) decode_rows<4>(shape, offsets, count, keys, values, rows, scratch.scores.data(), target, maximum, weight);
+    else if (step == 3) decode_rows<3>(shape, offsets, count, keys, values, rows, scratch.scores.data(), target, maximum, weight);
+    else if (step == 2) decode_rows<2>(shape, offsets, count, keys, values, rows, scratch.scores.data(), target, maximum, weight);
+    else decode_rows<1>(shape, offsets, count, keys, values, rows, scratch.scores.data(), target, maximum, weight);
     if (item.partial < 0)
       for (int i = 0; i < step; ++i)
         for (int d = 0; d < head_dim; ++d) target[size_t(i) * head_dim + d] /= weight[i];
@@ -196,17 +210,61 @@ void merge(const AttentionShape& shape, const AttentionPlan& plan, const Attenti
   }
 }
 
-// panel[d][i] = key i's element d, for `count` <= 64 keys from `begin`; keys past the end are zero.
+// What a chunk's products are made of: floats, or where cache and CPU are made for it pairs of bfloat16 (vdpbf16ps), which do twice as much.
 template <class C>
-void transpose_keys(const Pages<C>& keys, int begin, int count, int head_dim, float* panel) {
+struct Element {
+  using Type = float;
+  static constexpr int kPack = 1;
+  static vf multiply_add(vf sum, const float* b, float a) { return vfma(vset(a), vload(b), sum); }
+  static void narrow(const float* x, int count, float scale, float* out) {
+    for (int i = 0; i < count; i += kLanes) vstore(out + i, vmul(vload(x + i), vset(scale)));
+  }
+  static void load8(const C* x, __m256* out) {
+    if constexpr (sizeof(C) == 4) *out = _mm256_loadu_ps((const float*)x);
+    else *out = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)x)), 16));
+  }
+  // values[key][d]
+  static void lay_values(const C* const* rows, int head_dim, float* panel) {
+    for (int i = 0; i < kPanelKeys; ++i)
+      for (int d = 0; d < head_dim; d += kLanes) vstore(panel + size_t(i) * head_dim + d, rows[i] ? vload(rows[i] + d) : vset(0.0f));
+  }
+};
+
+#if defined(CPU_AVX512) && defined(__AVX512BF16__)
+template <>
+struct Element<bf16> {
+  using Type = uint32_t;
+  static constexpr int kPack = 2;
+  static vf multiply_add(vf sum, const uint32_t* b, uint32_t a) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(b), (__m512bh)_mm512_set1_epi32(int(a)));
+  }
+  static void narrow(const float* x, int count, float scale, uint32_t* out) {
+    for (int i = 0; i < count; i += kLanes) vstore((bf16*)out + i, vmul(vload(x + i), vset(scale)));
+  }
+  static void load8(const bf16* x, __m256* out) { *out = _mm256_loadu_ps((const float*)x); }
+  // values[key / 2][d]: the pair of two keys
+  static void lay_values(const bf16* const* rows, int head_dim, uint32_t* panel) {
+    for (int i = 0; i < kPanelKeys; i += 2) {
+      for (int d = 0; d < head_dim; d += 16) {
+        __m512i even = rows[i] ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(rows[i] + d))) : _mm512_setzero_si512();
+        __m512i odd = rows[i + 1] ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(rows[i + 1] + d))) : _mm512_setzero_si512();
+        _mm512_storeu_si512(panel + size_t(i / 2) * head_dim + d, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+      }
+    }
+  }
+};
+#endif
+
+// panel[d][key] = element d of each of 64 keys; rows that are null give zeros.
+template <class C>
+void lay_keys(const C* const* rows, int elements, typename Element<C>::Type* panel) {
+  constexpr int kStep = 8 * Element<C>::kPack;
   for (int i = 0; i < kPanelKeys; i += 8) {
-    const C* rows[8];
-    for (int j = 0; j < 8; ++j) rows[j] = keys.at(begin + std::min(i + j, count - 1));
-    for (int d = 0; d < head_dim; d += 8) {
+    for (int d = 0; d < elements; d += 8) {
       __m256 r[8], s[8];
       for (int j = 0; j < 8; ++j) {
-        if constexpr (sizeof(C) == 4) r[j] = _mm256_loadu_ps((const float*)rows[j] + d);
-        else r[j] = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(rows[j] + d))), 16));
+        if (rows[i + j]) Element<C>::load8(rows[i + j] + d / 8 * kStep, &r[j]);
+        else r[j] = _mm256_setzero_ps();
       }
       for (int j = 0; j < 4; ++j) {
         s[2 * j] = _mm256_unpacklo_ps(r[2 * j], r[2 * j + 1]);
@@ -219,8 +277,8 @@ void transpose_keys(const Pages<C>& keys, int begin, int count, int head_dim, fl
         r[4 * j + 3] = _mm256_shuffle_ps(s[4 * j + 1], s[4 * j + 3], 0xEE);
       }
       for (int j = 0; j < 4; ++j) {
-        _mm256_storeu_ps(panel + size_t(d + j) * kPanelKeys + i, _mm256_permute2f128_ps(r[j], r[j + 4], 0x20));
-        _mm256_storeu_ps(panel + size_t(d + j + 4) * kPanelKeys + i, _mm256_permute2f128_ps(r[j], r[j + 4], 0x31));
+        _mm256_storeu_ps((float*)panel + size_t(d + j) * kPanelKeys + i, _mm256_permute2f128_ps(r[j], r[j + 4], 0x20));
+        _mm256_storeu_ps((float*)panel + size_t(d + j + 4) * kPanelKeys + i, _mm256_permute2f128_ps(r[j], r[j + 4], 0x31));
       }
     }
   }
@@ -232,82 +290,91 @@ constexpr int kTileQ = 6, kTileV = 4;
 constexpr int kTileQ = 6, kTileV = 2;
 #endif
 
-// scores[r][0..64) = q[r] . panel, for R rows
-template <int R>
-inline void score_panel(const float* q, const float* panel, int head_dim, float* scores) {
-  for (int k = 0; k < kPanelKeys; k += kTileV * kLanes) {
-    vf sums[R][kTileV];
+// c[r][0 .. V lanes) = keep[r] * c[r] + sum over i < depth of a[r][i] * b[i], for rows [0, R); without keep, c is not read.
+template <class C, int R, int V>
+inline void product(const typename Element<C>::Type* a, int a_stride, const typename Element<C>::Type* b, int b_stride, int depth, float* c,
+                    int c_stride, const float* keep) {
+  vf sums[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) sums[r][v] = keep ? vmul(vset(keep[r]), vload(c + size_t(r) * c_stride + v * kLanes)) : vset(0.0f);
+  for (int i = 0; i < depth; ++i)
     for (int r = 0; r < R; ++r)
-      for (int v = 0; v < kTileV; ++v) sums[r][v] = vset(0.0f);
-    for (int d = 0; d < head_dim; ++d) {
-      vf x[kTileV];
-      for (int v = 0; v < kTileV; ++v) x[v] = vload(panel + size_t(d) * kPanelKeys + k + v * kLanes);
-      for (int r = 0; r < R; ++r) {
-        vf weight = vset(q[size_t(r) * head_dim + d]);
-        for (int v = 0; v < kTileV; ++v) sums[r][v] = vfma(weight, x[v], sums[r][v]);
-      }
-    }
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < kTileV; ++v) vstore(scores + size_t(r) * kPanelKeys + k + v * kLanes, sums[r][v]);
-  }
+      for (int v = 0; v < V; ++v) sums[r][v] = Element<C>::multiply_add(sums[r][v], b + size_t(i) * b_stride + v * kLanes, a[size_t(r) * a_stride + i]);
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) vstore(c + size_t(r) * c_stride + v * kLanes, sums[r][v]);
 }
 
-template <int R>
-void weigh_panel(const float* p, int num_keys, const float* values, int head_dim, float* out, const float* keep) {
-  auto row = [&](int i) { return values + size_t(i) * head_dim; };
-  int d = 0;
-  for (; d + kTileV * kLanes <= head_dim; d += kTileV * kLanes) weigh_values<R, kTileV>(p, kPanelKeys, num_keys, row, d, out, head_dim, keep);
-  for (; d < head_dim; d += kLanes) weigh_values<R, 1>(p, kPanelKeys, num_keys, row, d, out, head_dim, keep);
+// The same over all of `width` columns and rows [first, rows).
+template <class C>
+void product_all(const typename Element<C>::Type* a, int a_stride, const typename Element<C>::Type* b, int width, int depth, float* c, int first,
+                 int rows, const float* keep) {
+  for (int column = 0; column < width;) {
+    bool wide = column + kTileV * kLanes <= width;
+    for (int r = first; r < rows;) {
+      const auto* x = a + size_t(r) * a_stride;
+      float* target = c + size_t(r) * width + column;
+      const float* kept = keep ? keep + r : nullptr;
+      bool tall = r + kTileQ <= rows;
+      if (wide && tall) product<C, kTileQ, kTileV>(x, a_stride, b + column, width, depth, target, width, kept);
+      else if (wide) product<C, 1, kTileV>(x, a_stride, b + column, width, depth, target, width, kept);
+      else if (tall) product<C, kTileQ, 1>(x, a_stride, b + column, width, depth, target, width, kept);
+      else product<C, 1, 1>(x, a_stride, b + column, width, depth, target, width, kept);
+      r += tall ? kTileQ : 1;
+    }
+    column += wide ? kTileV * kLanes : kLanes;
+  }
 }
 
 // Flash attention (arXiv 2205.14135) of up to 96 query rows; row r is token r / group, head r % group.
 template <class C>
 void chunk_item(const AttentionShape& shape, const AttentionPlan& plan, const AttentionItem& item, const float* q, const void* key_cache,
                 const void* value_cache, float* out, Scratch& s) {
-  int head_dim = shape.head_dim, group = plan.group, rows = item.num_tokens * group, window = shape.sliding_window;
-  Pages<C> keys(key_cache, shape, item), values(value_cache, shape, item);
-  s.q.resize(size_t(rows) * head_dim);
+  using Type = typename Element<C>::Type;
+  constexpr int kPack = Element<C>::kPack;
+  int head_dim = shape.head_dim, group = plan.group, rows = item.num_tokens * group, window = shape.sliding_window, elements = head_dim / kPack;
+  s.q.resize(size_t(rows) * elements);
   s.out.assign(size_t(rows) * head_dim, 0.0f);
   s.scores.resize(size_t(rows) * kPanelKeys);
-  s.keys.resize(size_t(kPanelKeys) * head_dim);
-  s.values.resize(size_t(kPanelKeys) * head_dim);
+  s.keys.resize(size_t(kPanelKeys) * elements);
+  s.values.resize(size_t(kPanelKeys) * elements);
   s.state.assign(size_t(rows) * 3, 0.0f);
-  float *maximum = s.state.data(), *weight = maximum + rows, *keep = weight + rows;
+  Type *packed_q = (Type*)s.q.data(), *keys = (Type*)s.keys.data(), *values = (Type*)s.values.data();
+  float *scores = s.scores.data(), *maximum = s.state.data(), *weight = maximum + rows, *keep = weight + rows;
   for (int r = 0; r < rows; ++r) {
     maximum[r] = -std::numeric_limits<float>::infinity();
     const float* source = q + (size_t(item.first_token + r / group) * shape.num_heads + item.kv_head * group + r % group) * head_dim;
-    for (int d = 0; d < head_dim; ++d) s.q[size_t(r) * head_dim + d] = source[d] * shape.scale;
+    Element<C>::narrow(source, head_dim, shape.scale, packed_q + size_t(r) * elements);
   }
   for (int begin = item.begin; begin < item.end; begin += kPanelKeys) {
     int count = std::min(kPanelKeys, item.end - begin);
-    transpose_keys(keys, begin, count, head_dim, s.keys.data());
+    int64_t offsets[kPanelKeys];
+    const C *key_rows[kPanelKeys] = {}, *value_rows[kPanelKeys] = {};
+    find_rows(shape, item, begin, count, offsets);
     for (int i = 0; i < count; ++i) {
-      const C* row = values.at(begin + i);
-      for (int d = 0; d < head_dim; d += kLanes) vstore(s.values.data() + size_t(i) * head_dim + d, vload(row + d));
+      key_rows[i] = (const C*)key_cache + offsets[i];
+      value_rows[i] = (const C*)value_cache + offsets[i];
     }
+    lay_keys(key_rows, elements, keys);
+    Element<C>::lay_values(value_rows, head_dim, values);
     int first_row = std::max(0, begin - item.first_position) * group;  // earlier rows see none of these keys
-    int r = first_row;
-    for (; r + kTileQ <= rows; r += kTileQ) score_panel<kTileQ>(s.q.data() + size_t(r) * head_dim, s.keys.data(), head_dim, &s.scores[size_t(r) * kPanelKeys]);
-    for (; r < rows; ++r) score_panel<1>(s.q.data() + size_t(r) * head_dim, s.keys.data(), head_dim, &s.scores[size_t(r) * kPanelKeys]);
-    for (r = first_row; r < rows; ++r) {
-      float* row = &s.scores[size_t(r) * kPanelKeys];
+    product_all<C>(packed_q, elements, keys, kPanelKeys, elements, scores, first_row, rows, nullptr);
+    for (int r = first_row; r < rows; ++r) {
+      float* row = scores + size_t(r) * kPanelKeys;
       int position = item.first_position + r / group, visible = std::min(count, position + 1 - begin);
       int hidden = window ? std::min(visible, std::max(0, position - window + 1 - begin)) : 0;  // keys that the window has left behind
       if (hidden >= visible) {
         for (int i = 0; i < kPanelKeys; ++i) row[i] = 0.0f;
         keep[r] = 1.0f;
-        continue;
+      } else {
+        for (int i = 0; i < hidden; ++i) row[i] = -std::numeric_limits<float>::infinity();
+        float top = std::max(maximum[r], row_maximum(row, visible));
+        keep[r] = std::exp(maximum[r] - top);
+        weight[r] = weight[r] * keep[r] + softmax_weights(row, visible, kPanelKeys, top);
+        maximum[r] = top;
       }
-      for (int i = 0; i < hidden; ++i) row[i] = -std::numeric_limits<float>::infinity();
-      float top = std::max(maximum[r], row_maximum(row, visible));
-      keep[r] = std::exp(maximum[r] - top);
-      weight[r] = weight[r] * keep[r] + softmax_weights(row, visible, kPanelKeys, top);
-      maximum[r] = top;
+      Element<C>::narrow(row, kPanelKeys, 1.0f, (Type*)row);  // in place: the packed row is no longer than the floats
     }
-    r = first_row;
-    for (; r + kTileQ <= rows; r += kTileQ)
-      weigh_panel<kTileQ>(&s.scores[size_t(r) * kPanelKeys], count, s.values.data(), head_dim, &s.out[size_t(r) * head_dim], keep + r);
-    for (; r < rows; ++r) weigh_panel<1>(&s.scores[size_t(r) * kPanelKeys], count, s.values.data(), head_dim, &s.out[size_t(r) * head_dim], keep + r);
+    product_all<C>((const Type*)scores, kPanelKeys, values, head_dim, kPanelKeys / kPack, s.out.data(), first_row, rows, keep);
   }
   for (int r = 0; r < rows; ++r) {
     float* target = out + (size_t(item.first_token + r / group) * shape.num_heads + item.kv_head * group + r % group) * head_dim;

@@ -22,7 +22,18 @@ log = logging.getLogger(__name__)
 CACHE_VARIABLE: Final = "APPLIANCE_CACHE_DIR"
 COMPILER_VARIABLE: Final = "CXX"
 _SOURCES: Final = Path(__file__).parent
-_FLAGS: Final = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-maybe-uninitialized")
+_FLAGS: Final = (
+    "-O3",
+    "-std=c++17",
+    "-fopenmp",
+    "-fPIC",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-strict-aliasing",
+    "-Wall",
+    "-Wextra",
+    "-Wno-maybe-uninitialized",
+)
 _TIMEOUT_SECONDS: Final = 180.0
 
 

@@ -63,11 +63,34 @@ inline void quantize_row(const float* x, int in_features, ActGroup* acts, int to
 // out[t][0..16) for tokens [0, num_tokens <= 16) of the block at `acts`.
 void tile_product(const Tile& tile, const ActGroup* acts, int groups, int num_tokens, float (*out)[kTileRows]);
 
+// How many tiles a thread takes at once: few enough to stay in a first-level cache beside a block of activations where tokens are many.
+inline int tile_piece(const Team& team, int num_tiles, int groups, int num_tokens) {
+  int cached = std::max(1, 20480 / (groups * kGroupBytes[kInt4Min]));
+  return std::min(team.piece(num_tiles, 6), num_tokens > kBlockTokens ? cached : 8);
+}
+
+// target[r] = values[r] + bias[r] (+ target[r]) for a tile's rows.
+template <bool kAdd, class T>
+inline void store_tile_row(const Tile& tile, const float* values, const float* bias, T* target) {
+  if (tile.num_rows == kTileRows) {
+    for (int r = 0; r < kTileRows; r += kLanes) {
+      vf x = vload(values + r);
+      if (bias) x = vadd(x, vload(bias + tile.first_row + r));
+      if (kAdd) x = vadd(x, vload(target + r));
+      vstore(target + r, x);
+    }
+    return;
+  }
+  for (int r = 0; r < tile.num_rows; ++r) {
+    from_float(values[r] + (bias ? bias[tile.first_row + r] : 0.0f) + (kAdd ? to_float(target[r]) : 0.0f), target + r);
+  }
+}
+
 // All tiles of `linear` for all tokens, shared by the team; epilogue(tile, first_token, num_tokens, values) sees each result once.
 template <class Epilogue>
 void share_tiles(Team& team, const Linear& linear, const ActGroup* acts, int num_tokens, Epilogue&& epilogue) {
   int groups = linear.in_features / kGroup;
-  team.share(linear.num_tiles, std::min(team.piece(linear.num_tiles, 6), 8), [&](int begin, int end) {
+  team.share(linear.num_tiles, tile_piece(team, linear.num_tiles, groups, num_tokens), [&](int begin, int end) {
     alignas(64) float values[kBlockTokens][kTileRows];
     for (int first = 0; first < num_tokens; first += kBlockTokens) {
       int count = std::min(kBlockTokens, num_tokens - first);

@@ -6,7 +6,7 @@
 namespace cpu {
 namespace {
 
-enum Source : int32_t { kQ4_0 = 0, kQ4_1 = 1, kQ8_0 = 2, kQ4_K = 3, kToInt8 = 4, kToInt4 = 5 };
+enum Source : int32_t { kQ4_0 = 0, kQ4_1 = 1, kQ8_0 = 2, kQ4_K = 3, kToInt8 = 4, kToInt4 = 5, kQ5_0 = 6 };
 
 uint16_t to_half(float x) { return uint16_t(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT)); }
 float from_half(uint16_t x) { return _cvtsh_ss(x); }
@@ -75,6 +75,11 @@ Group read_group(Source source, const uint8_t* row, int g) {
       group.scale = read_half(row + 34 * g);
       for (int i = 0; i < kGroup; ++i) group.q[i] = row[34 * g + 2 + i] ^ 0x80;
       break;
+    case kQ5_0:  // five bits less 16 fit eight bits as they are
+      group.scale = read_half(row + 22 * g);
+      nibbles(row + 22 * g + 6, group.q);
+      for (int i = 0; i < kGroup; ++i) group.q[i] = uint8_t((group.q[i] | (row[22 * g + 2 + i / 8] >> (i % 8) & 1) << 4) + 112);
+      break;
     case kQ4_K:
       q4_k_group(row + 144 * (g / 8), g % 8, &group);
       break;
@@ -86,7 +91,7 @@ Group read_group(Source source, const uint8_t* row, int g) {
   return group;
 }
 
-constexpr Format kFormatOf[] = {kInt4, kInt4Min, kInt8, kInt4Min, kInt8, kInt4Min};
+constexpr Format kFormatOf[] = {kInt4, kInt4Min, kInt8, kInt4Min, kInt8, kInt4Min, kInt8};
 
 void write_group(Format format, const Group* rows, uint8_t* out) {
   for (int r = 0; r < kTileRows; ++r) std::memcpy(out + 2 * r, &rows[r].scale, 2);

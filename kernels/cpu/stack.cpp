@@ -78,14 +78,11 @@ class Stack {
     team.barrier();
   }
 
-  void project(Team& team, const Linear& linear, const ActGroup* acts, float* out, bool add) {
+  template <bool kAdd>
+  void project(Team& team, const Linear& linear, const ActGroup* acts, float* out) {
     share_tiles(team, linear, acts, tokens_, [&](const Tile& tile, int first, int count, const float (*values)[kTileRows]) {
       for (int t = 0; t < count; ++t) {
-        float* target = out + size_t(first + t) * linear.out_features + tile.first_row;
-        for (int r = 0; r < tile.num_rows; ++r) {
-          float value = values[t][r] + (linear.bias ? linear.bias[tile.first_row + r] : 0.0f);
-          target[r] = add ? target[r] + value : value;
-        }
+        store_tile_row<kAdd>(tile, values[t], linear.bias, out + size_t(first + t) * linear.out_features + tile.first_row);
       }
     });
     team.barrier();
@@ -94,7 +91,7 @@ class Stack {
   // 32 features of the gate and their partners of up, multiplied and quantised as one group of the down projection's input.
   void gate_up(Team& team, const Linear& linear) {
     int groups = width_ / kGroup, pairs = inner_ / kGroup;
-    team.share(pairs, std::min(team.piece(pairs, 6), 4), [&](int begin, int end) {
+    team.share(pairs, std::max(1, tile_piece(team, linear.num_tiles, groups, tokens_) / 4), [&](int begin, int end) {
       alignas(64) float gate[kBlockTokens][kTileRows], up[kBlockTokens][kTileRows], row[kBlockTokens][kGroup];
       for (int first = 0; first < tokens_; first += kBlockTokens) {
         int count = std::min(kBlockTokens, tokens_ - first);
@@ -125,7 +122,7 @@ class Stack {
 
   void layer(Team& team, const Layer& layer) {
     norm(team, layer.attention_norm);
-    project(team, *layer.qkv, acts_.get(), qkv_.get(), false);
+    project<false>(team, *layer.qkv, acts_.get(), qkv_.get());
     RopeShape rope = rope_;
     rope.q_norm = layer.q_norm;
     rope.k_norm = layer.k_norm;
@@ -142,10 +139,10 @@ class Stack {
       for (int t = begin; t < end; ++t) quantize_row(context_.get() + size_t(t) * heads_width_, heads_width_, acts_.get(), t);
     });
     team.barrier();
-    project(team, *layer.output, acts_.get(), residual_.get(), true);
+    project<true>(team, *layer.output, acts_.get(), residual_.get());
     norm(team, layer.mlp_norm);
     gate_up(team, *layer.gate_up);
-    project(team, *layer.down, inner_acts_.get(), residual_.get(), true);
+    project<true>(team, *layer.down, inner_acts_.get(), residual_.get());
   }
 
   const Layer* layers_;

@@ -68,7 +68,8 @@ class DecoderStack:
         )  # fmt: skip
         attention = AttentionShape(
             batch.query_start.data_ptr(), batch.context_lens.data_ptr(), batch.rows.data_ptr(), batch.block_tables.data_ptr(),
-            batch.block_tables.shape[1], batch.rows.shape[0], num_tokens, num_heads, num_kv_heads, head_dim, block_size, 0, cache_dtype, self._scale, 0,
+            batch.block_tables.shape[1], batch.rows.shape[0], num_tokens, num_heads, num_kv_heads, head_dim, block_size,
+            0, cache_dtype, self._scale, 0,
         )  # fmt: skip
         result = hidden.clone()
         self._library.cpu_stack(
