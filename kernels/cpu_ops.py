@@ -26,9 +26,7 @@ from appliance.kernels.cpu.library import (
     declare,
 )
 from appliance.kernels.cpu.linear import CopyBudget, DenseCopy, PackedLinear, can_pack, dense_weight, pack
-from appliance.kernels.cpu.stack import DecoderStack, LayerWeights, can_stack
-
-__all__ = ["CpuOps", "LayerWeights", "try_cpu_ops"]
+from appliance.kernels.cpu.stack import DecoderStack, can_stack
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +79,7 @@ class CpuOps(reference.ReferenceOps):
         return DenseCopy(dense_weight(parts, torch.bfloat16), None if bias is None else bias.to(torch.bfloat16), min_tokens)
 
     def make_decoder_stack(
-        self, layers: Sequence[LayerWeights], *, num_heads: int, num_kv_heads: int, head_dim: int, eps: float, scale: float | None = None
+        self, layers: Sequence[k.LayerWeights], *, num_heads: int, num_kv_heads: int, head_dim: int, eps: float, scale: float | None = None
     ) -> DecoderStack | None:
         """All layers as one call, or None where some projection is not packed. scale: of the scores, default head_dim ** -0.5."""
         if not can_stack(layers, num_heads, num_kv_heads, head_dim):

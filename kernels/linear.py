@@ -59,6 +59,10 @@ class DenseLinear:
             return skinny_linear(x, self.weight, self.bias)
         return functional.linear(x, self.weight, self.bias)
 
+    def write(self, x: Tensor, out: Tensor) -> Tensor:
+        """The same into `out`, through cuBLAS."""
+        return torch.mm(x, self.weight.t(), out=out) if self.bias is None else torch.addmm(self.bias, x, self.weight.t(), out=out)
+
 
 class Fp8Linear:
     """Weights in e4m3 with one scale an output channel, activations quantised a row at a time as they come; products on the fp8 units."""

@@ -129,6 +129,31 @@ WeightSource = Tensor | GgufTensor
 Linear = Callable[[Tensor], Tensor]  # x [T, in] -> [T, out] of x.dtype
 
 
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One decoder layer: pre-norm attention and gated SiLU MLP, both added to the residual stream. H hidden size, I inner size of the MLP."""
+
+    attention_norm: Tensor  # [H]
+    qkv: Linear  # [H -> (Hq + 2 Hkv) D]
+    q_norm: Tensor | None  # [D], where q and k are normed per head
+    k_norm: Tensor | None
+    output: Linear  # [Hq D -> H]
+    mlp_norm: Tensor  # [H]
+    gate_up: Linear  # [H -> 2 I], gate first
+    down: Linear  # [I -> H]
+    sliding_window: int | None = None
+
+
+class DecoderStack(Protocol):
+    """All layers of a model fused for small steps, where launches and passes over activations cost more than arithmetic."""
+
+    def accepts(self, num_tokens: int) -> bool:
+        """Whether a step of this many tokens is faster here than layer by layer."""
+
+    def __call__(self, hidden: Tensor, cos_sin: Tensor, kv_caches: Sequence[tuple[Tensor, Tensor]], batch: AttentionBatch) -> Tensor:
+        """The residual stream after the last layer, `[T, H]`, from the embeddings `hidden` (which it may overwrite). Writes this step's K and V."""
+
+
 class Ops(Protocol):
     """One device's kernels. All outputs are new tensors unless said otherwise; inputs are contiguous."""
 
@@ -142,6 +167,11 @@ class Ops(Protocol):
         quantization: "auto" keeps a GgufTensor's precision where the device has a kernel for it and dtype otherwise; "none" widens to
         dtype; "int8", "int4", "fp8" quantise dense weights. Raises ValueError where this device has no such kernel.
         """
+
+    def make_decoder_stack(
+        self, layers: Sequence[LayerWeights], *, num_heads: int, num_kv_heads: int, head_dim: int, eps: float
+    ) -> DecoderStack | None:
+        """The layers fused for small steps; None where this device has nothing better than layer by layer for such weights."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32, rounded once to x.dtype. x [T, N]."""
@@ -166,9 +196,7 @@ class Ops(Protocol):
         second, rotate-half convention (NeoX). Returns `[T, Hq, D]`.
         """
 
-    def attention(
-        self, q: Tensor, key_cache: Tensor, value_cache: Tensor, batch: AttentionBatch, scale: float, sliding_window: int | None
-    ) -> Tensor:
+    def attention(self, q: Tensor, key_cache: Tensor, value_cache: Tensor, batch: AttentionBatch, scale: float, sliding_window: int | None) -> Tensor:
         """Causal attention of q `[T, Hq, D]` over the paged cache (in which this step's K and V already are). Returns `[T, Hq * D]`.
 
         With a sliding window w, a query at position p sees keys at positions > p - w. Entries of context length 0 give zeros.

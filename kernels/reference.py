@@ -163,6 +163,11 @@ class ReferenceOps:
     ) -> tuple[k.Linear, int]:
         return make_linear(parts, bias, device=device, dtype=dtype, quantization=quantization)
 
+    def make_decoder_stack(
+        self, layers: Sequence[k.LayerWeights], *, num_heads: int, num_kv_heads: int, head_dim: int, eps: float
+    ) -> k.DecoderStack | None:
+        return None
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return rms_norm(x, weight, eps)
 

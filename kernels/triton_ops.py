@@ -7,12 +7,11 @@ the sizes that vary between replays come from device memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from appliance.kernels import linear, ops, paged_decode, paged_prefill, rms_norm, rope_kv, sampling, silu_mul, skinny_linear, step_input
+from appliance.kernels import linear, ops, paged_decode, paged_prefill, rms_norm, rope_kv, sampling, silu_mul, skinny_stack, step_input
 
 
 class TritonOps:
@@ -25,24 +24,12 @@ class TritonOps:
     ) -> tuple[ops.Linear, int]:
         return linear.make_linear(parts, bias, device=device, dtype=dtype, quantization=quantization)
 
-    def fuses(self, layer: ops.Linear, num_tokens: int) -> bool:
-        """Whether `norm_linear`, `linear_add` and `norm_gate_up` take this layer at this many tokens. Optional methods: not every Ops has them."""
-        return isinstance(layer, linear.DenseLinear) and 0 < num_tokens <= layer.skinny_tokens
-
-    def norm_linear(self, x: Tensor, weight: Tensor, eps: float, layer: ops.Linear) -> Tensor:
-        """layer(rms_norm(x, weight, eps)) in one launch, without the rounding in between."""
-        dense = cast(linear.DenseLinear, layer)
-        return skinny_linear.skinny_linear(x, dense.weight, dense.bias, norm=(weight, eps))
-
-    def linear_add(self, x: Tensor, residual: Tensor, layer: ops.Linear) -> None:
-        """residual += layer(x) in place, in one launch."""
-        dense = cast(linear.DenseLinear, layer)
-        skinny_linear.skinny_linear(x, dense.weight, dense.bias, residual=residual)
-
-    def norm_gate_up(self, x: Tensor, weight: Tensor, eps: float, layer: ops.Linear) -> Tensor:
-        """silu_mul(layer(rms_norm(x, weight, eps))) of a stacked gate-up layer in one launch. Returns `[T, I]`."""
-        dense = cast(linear.DenseLinear, layer)
-        return skinny_linear.skinny_linear(x, dense.weight, dense.bias, norm=(weight, eps), gate=True)
+    def make_decoder_stack(
+        self, layers: Sequence[ops.LayerWeights], *, num_heads: int, num_kv_heads: int, head_dim: int, eps: float
+    ) -> ops.DecoderStack | None:
+        if not skinny_stack.can_stack(layers):
+            return None
+        return skinny_stack.SkinnyStack(self, layers, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, eps=eps)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return rms_norm.rms_norm(x, weight, eps)

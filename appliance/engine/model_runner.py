@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from appliance.model.decoder import Decoder
 
 
+_OWN_LOGITS_ROWS = 16
+
+
 @dataclass(slots=True)
 class LaunchedStep:
     """A step on its way. `sequences` are those that get a token: the decodes, then those whose chunk is final. `outputs` are host tensors, valid
@@ -144,7 +147,9 @@ class ModelRunner:
         step = self.batch.step_input(bucket)
         batch = self.batch.attention_batch(bucket, max_query_len, max_context_len)
         self.ops.prepare_inputs(self.batch.state, step, batch, self.limits.block_size)
-        out = None if self._logits is None else self._logits[: bucket.num_entries]
+        # A few rows are cheap to keep per graph, and their head streams its weight through another kernel.
+        shared = self._logits is not None and bucket.num_entries > _OWN_LOGITS_ROWS
+        out = self._logits[: bucket.num_entries] if shared and self._logits is not None else None
         return self.decoder.logits(self.decoder.forward(batch, self.kv_caches), out)
 
     def _sample(self, logits: Tensor, sampling: SamplingBatch, bucket: Bucket) -> Sampled:

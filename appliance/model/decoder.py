@@ -48,6 +48,10 @@ class Decoder:
         self._norm = norm
         self._head = head
         self._cos_sin = cos_sin
+        shape = layers[0].shape
+        self._stack = ops.make_decoder_stack(
+            [layer.weights() for layer in layers], num_heads=shape.num_heads, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim, eps=shape.eps
+        )
 
     @property
     def max_positions(self) -> int:
@@ -65,6 +69,11 @@ class Decoder:
         """
         ops, eps = self._ops, self.config.rms_norm_eps
         residual = self._embedding(batch.input_ids)
+        if self._stack is not None and self._stack.accepts(residual.shape[0]):
+            residual = self._stack(residual, self._cos_sin, kv_caches, batch)
+            if batch.num_decodes < residual.shape[0]:
+                residual = residual.index_select(0, batch.logit_index)
+            return ops.rms_norm(residual, self._norm, eps)
         hidden = ops.rms_norm(residual, self._layers[0].input_norm, eps)
         last = len(self._layers) - 1
         for index, (layer, kv_cache) in enumerate(zip(self._layers, kv_caches, strict=True)):

@@ -9,7 +9,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from appliance.kernels.gguf_blocks import dequantize_rows
-from appliance.kernels.ops import AttentionBatch, GgufTensor, Linear, Ops
+from appliance.kernels.ops import AttentionBatch, GgufTensor, LayerWeights, Linear, Ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,20 @@ class DecoderLayer:
     gate_up: Linear
     down: Linear
     sliding_window: int | None
+
+    def weights(self) -> LayerWeights:
+        """The same as the kernels' fused stack takes it."""
+        return LayerWeights(
+            attention_norm=self.input_norm,
+            qkv=self.qkv,
+            q_norm=self.q_norm,
+            k_norm=self.k_norm,
+            output=self.output,
+            mlp_norm=self.post_norm,
+            gate_up=self.gate_up,
+            down=self.down,
+            sliding_window=self.sliding_window,
+        )
 
     def attend(self, ops: Ops, hidden: Tensor, cos_sin: Tensor, kv_cache: tuple[Tensor, Tensor], batch: AttentionBatch) -> Tensor:
         """Attention of normed hidden states [T, hidden_size], before the output projection: [T, Hq * D]. Writes K and V into the cache."""

@@ -4,31 +4,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from appliance.kernels.cpu.library import DTYPES, AttentionShape, LayerShape, RopeShape
 from appliance.kernels.cpu.linear import GROUP, PackedLinear
-from appliance.kernels.ops import AttentionBatch, Linear
+from appliance.kernels.ops import AttentionBatch, LayerWeights, Linear
 
 KvCaches = Sequence[tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """One layer: pre-norm attention and gated SiLU MLP, both added to the residual stream."""
-
-    attention_norm: Tensor  # [H]
-    qkv: Linear  # [H -> (Hq + 2 Hkv) D]
-    q_norm: Tensor | None  # [D]
-    k_norm: Tensor | None
-    output: Linear  # [Hq D -> H]
-    mlp_norm: Tensor  # [H]
-    gate_up: Linear  # [H -> 2 I], gate first
-    down: Linear  # [I -> H]
-    sliding_window: int | None = None
 
 
 class DecoderStack:
