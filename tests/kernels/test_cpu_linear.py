@@ -16,7 +16,8 @@ from appliance.kernels import ops as k
 from appliance.kernels.cpu import build, calibration
 from appliance.kernels.cpu.build import BuildError, load_library
 from appliance.kernels.cpu.linear import CopyBudget, DenseCopy, PackedLinear
-from appliance.kernels.cpu_ops import CpuOps, LayerWeights, try_cpu_ops
+from appliance.kernels.cpu_ops import CpuOps, try_cpu_ops
+from appliance.kernels.ops import LayerWeights
 from appliance.kernels.gguf_blocks import dequantize
 from appliance.kernels.reference import ReferenceOps
 
