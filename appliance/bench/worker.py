@@ -88,7 +88,15 @@ def read_frame(stream: BinaryIO) -> bytes:
     head = stream.read(LENGTH.size)
     if len(head) < LENGTH.size:
         raise EOFError("the other side closed the pipe")
-    return stream.read(LENGTH.unpack(head)[0])
+    (left,) = LENGTH.unpack(head)
+    parts = []
+    while left:
+        part = stream.read(left)
+        if not part:
+            raise EOFError("the other side closed the pipe")
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
 
 
 def frame(body: bytes) -> bytes:
@@ -106,7 +114,9 @@ def main() -> int:
     encode = msgspec.msgpack.Encoder().encode
 
     def tell(message: FromWorker) -> None:
-        sys.stdout.buffer.write(frame(encode(message)))
+        rest = memoryview(frame(encode(message)))
+        while rest:  # under PYTHONUNBUFFERED standard output is a raw file, whose writes may be short
+            rest = rest[sys.stdout.buffer.write(rest) :]
         sys.stdout.buffer.flush()
 
     try:
