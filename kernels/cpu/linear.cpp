@@ -1,6 +1,5 @@
 #include "linear.h"
 
-#include <memory>
 #include <vector>
 
 namespace cpu {
@@ -177,17 +176,18 @@ void tile_format(const uint8_t* w, const ActGroup* acts, int groups, int num_tok
 template <class T>
 void linear(const Linear& layer, const T* x, T* out, int num_tokens, int num_threads) {
   int width = layer.in_features;
-  std::unique_ptr<ActGroup[]> acts(new ActGroup[act_groups(num_tokens, width)]);
+  thread_local Workspace workspace;
+  ActGroup* acts = workspace.get<ActGroup>(0, act_groups(num_tokens, width));
   run_team(num_threads, [&](Team& team, int) {
     team.share(num_tokens, team.piece(num_tokens, 4), [&](int begin, int end) {
       std::vector<float> row(width);
       for (int t = begin; t < end; ++t) {
         for (int i = 0; i < width; i += kLanes) vstore(row.data() + i, vload(x + size_t(t) * width + i));
-        quantize_row(row.data(), width, acts.get(), t);
+        quantize_row(row.data(), width, acts, t);
       }
     });
     team.barrier();
-    share_tiles(team, layer, acts.get(), num_tokens, [&](const Tile& tile, int first, int count, const float (*values)[kTileRows]) {
+    share_tiles(team, layer, acts, num_tokens, [&](const Tile& tile, int first, int count, const float (*values)[kTileRows]) {
       for (int t = 0; t < count; ++t) {
         store_tile_row<false>(tile, values[t], layer.bias, out + size_t(first + t) * layer.out_features + tile.first_row);
       }

@@ -5,6 +5,7 @@
 // token's result does not depend on which tokens are beside it.
 #pragma once
 #include <cstddef>
+#include <cstdlib>
 
 #include "simd.h"
 #include "team.h"
@@ -44,6 +45,30 @@ struct Linear {
   int32_t in_features;
   int32_t out_features;
   int32_t unused;
+};
+
+// Scratch memory that a thread keeps between its calls, so that large steps do not fault their pages in anew; contents are arbitrary.
+class Workspace {
+ public:
+  ~Workspace() {
+    for (void* data : data_) std::free(data);
+  }
+  template <class T>
+  T* get(int slot, size_t count) {
+    size_t bytes = (count * sizeof(T) + 4095) / 4096 * 4096;
+    if (bytes > size_[slot] || size_[slot] > kKeptBytes) {
+      std::free(data_[slot]);
+      data_[slot] = std::aligned_alloc(4096, std::max<size_t>(bytes, 4096));
+      if (!data_[slot]) std::abort();  // out of memory
+      size_[slot] = bytes;
+    }
+    return (T*)data_[slot];
+  }
+
+ private:
+  static constexpr size_t kKeptBytes = 32 << 20;  // a larger one is given back at the next call
+  void* data_[6] = {};
+  size_t size_[6] = {};
 };
 
 inline size_t act_groups(int num_tokens, int in_features) {

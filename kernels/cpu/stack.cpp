@@ -35,24 +35,26 @@ class Stack {
       : layers_(layers), num_layers_(num_layers), rope_(rope), attention_(attention), hidden_(hidden), tokens_(rope.num_tokens),
         width_(layers[0].qkv->in_features), qkv_width_(layers[0].qkv->out_features), heads_width_(rope.num_heads * rope.head_dim),
         inner_(layers[0].down->in_features) {
-    residual_.reset(new float[size_t(tokens_) * width_]);
-    qkv_.reset(new float[size_t(tokens_) * qkv_width_]);
-    q_.reset(new float[size_t(tokens_) * heads_width_]);
-    context_.reset(new float[size_t(tokens_) * heads_width_]());
-    acts_.reset(new ActGroup[act_groups(tokens_, std::max(width_, heads_width_))]);
-    inner_acts_.reset(new ActGroup[act_groups(tokens_, inner_)]);
+    thread_local Workspace workspace;
+    residual_ = workspace.get<float>(0, size_t(tokens_) * width_);
+    qkv_ = workspace.get<float>(1, size_t(tokens_) * qkv_width_);
+    q_ = workspace.get<float>(2, size_t(tokens_) * heads_width_);
+    context_ = workspace.get<float>(3, size_t(tokens_) * heads_width_);
+    std::memset(context_, 0, size_t(tokens_) * heads_width_ * sizeof(float));  // what no entry owns stays zero
+    acts_ = workspace.get<ActGroup>(4, act_groups(tokens_, std::max(width_, heads_width_)));
+    inner_acts_ = workspace.get<ActGroup>(5, act_groups(tokens_, inner_));
     for (int i = 0; i < num_layers; ++i) plan(layers[i].sliding_window);
   }
 
   void run(int num_threads) {
     run_team(num_threads, [&](Team& team, int) {
       team.share(tokens_, team.piece(tokens_, 4), [&](int begin, int end) {
-        for (size_t i = size_t(begin) * width_; i < size_t(end) * width_; i += kLanes) vstore(residual_.get() + i, vload(hidden_ + i));
+        for (size_t i = size_t(begin) * width_; i < size_t(end) * width_; i += kLanes) vstore(residual_ + i, vload(hidden_ + i));
       });
       team.barrier();
       for (int i = 0; i < num_layers_; ++i) layer(team, layers_[i]);
       team.share(tokens_, team.piece(tokens_, 4), [&](int begin, int end) {
-        for (size_t i = size_t(begin) * width_; i < size_t(end) * width_; i += kLanes) vstore(hidden_ + i, vload(residual_.get() + i));
+        for (size_t i = size_t(begin) * width_; i < size_t(end) * width_; i += kLanes) vstore(hidden_ + i, vload(residual_ + i));
       });
     });
   }
@@ -71,8 +73,8 @@ class Stack {
     team.share(tokens_, team.piece(tokens_, 4), [&](int begin, int end) {
       std::vector<float> row(width_);
       for (int t = begin; t < end; ++t) {
-        norm_row(residual_.get() + size_t(t) * width_, weight, width_, rope_.eps, row.data());
-        quantize_row(row.data(), width_, acts_.get(), t);
+        norm_row(residual_ + size_t(t) * width_, weight, width_, rope_.eps, row.data());
+        quantize_row(row.data(), width_, acts_, t);
       }
     });
     team.barrier();
@@ -95,7 +97,7 @@ class Stack {
       alignas(64) float gate[kBlockTokens][kTileRows], up[kBlockTokens][kTileRows], row[kBlockTokens][kGroup];
       for (int first = 0; first < tokens_; first += kBlockTokens) {
         int count = std::min(kBlockTokens, tokens_ - first);
-        const ActGroup* block = acts_.get() + size_t(first / kBlockTokens) * groups;
+        const ActGroup* block = acts_ + size_t(first / kBlockTokens) * groups;
         for (int pair = begin; pair < end; ++pair) {
           for (int half = 0; half < 2; ++half) {
             const Tile *g = linear.tiles + 2 * pair + half, *u = g + inner_ / kTileRows;
@@ -112,7 +114,7 @@ class Stack {
               }
             }
           }
-          ActGroup* out = inner_acts_.get() + size_t(first / kBlockTokens) * pairs + pair;
+          ActGroup* out = inner_acts_ + size_t(first / kBlockTokens) * pairs + pair;
           for (int t = 0; t < count; ++t) quantize_group(row[t], out, t);
         }
       }
@@ -122,27 +124,27 @@ class Stack {
 
   void layer(Team& team, const Layer& layer) {
     norm(team, layer.attention_norm);
-    project<false>(team, *layer.qkv, acts_.get(), qkv_.get());
+    project<false>(team, *layer.qkv, acts_, qkv_);
     RopeShape rope = rope_;
     rope.q_norm = layer.q_norm;
     rope.k_norm = layer.k_norm;
     team.share(tokens_, team.piece(tokens_, 4), [&](int begin, int end) {
       for (int t = begin; t < end; ++t)
-        rope_token(rope, t, qkv_.get() + size_t(t) * qkv_width_, q_.get() + size_t(t) * heads_width_, layer.keys, layer.values);
+        rope_token(rope, t, qkv_ + size_t(t) * qkv_width_, q_ + size_t(t) * heads_width_, layer.keys, layer.values);
     });
     team.barrier();
     AttentionShape shape = attention_;
     shape.sliding_window = layer.sliding_window;
-    share_attention(team, shape, plan(layer.sliding_window), q_.get(), layer.keys, layer.values, context_.get());
+    share_attention(team, shape, plan(layer.sliding_window), q_, layer.keys, layer.values, context_);
     team.barrier();
     team.share(tokens_, team.piece(tokens_, 4), [&](int begin, int end) {
-      for (int t = begin; t < end; ++t) quantize_row(context_.get() + size_t(t) * heads_width_, heads_width_, acts_.get(), t);
+      for (int t = begin; t < end; ++t) quantize_row(context_ + size_t(t) * heads_width_, heads_width_, acts_, t);
     });
     team.barrier();
-    project<true>(team, *layer.output, acts_.get(), residual_.get());
+    project<true>(team, *layer.output, acts_, residual_);
     norm(team, layer.mlp_norm);
     gate_up(team, *layer.gate_up);
-    project<true>(team, *layer.down, inner_acts_.get(), residual_.get());
+    project<true>(team, *layer.down, inner_acts_, residual_);
   }
 
   const Layer* layers_;
@@ -151,8 +153,8 @@ class Stack {
   AttentionShape attention_;
   T* hidden_;
   int tokens_, width_, qkv_width_, heads_width_, inner_;
-  std::unique_ptr<float[]> residual_, qkv_, q_, context_;
-  std::unique_ptr<ActGroup[]> acts_, inner_acts_;
+  float *residual_, *qkv_, *q_, *context_;
+  ActGroup *acts_, *inner_acts_;
   std::vector<std::pair<int, std::unique_ptr<AttentionPlan>>> plans_;
 };
 
