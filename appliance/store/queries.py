@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, and_, delete, desc, func, select
+from sqlalchemy import ColumnElement, Select, and_, delete, desc, exists, func, not_, select
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import InstrumentedAttribute
+from sqlalchemy.orm import InstrumentedAttribute, aliased
 
 from appliance.store.database import Database
+from appliance.store.outbox import GONE
 from appliance.store.tables import EngineEventRow, OutboxRow, RequestRow, SampleRow, ScaleDecisionRow
 
 Rows = list[dict[str, Any]]
@@ -80,16 +81,20 @@ async def recent_engine_events(session: AsyncSession, *, limit: int = 100) -> Ro
 async def purge(database: Database, *, before_wall: float, batch: int = 500) -> int:
     """Delete what is older than `before_wall`, in small transactions so that the write lock is never held long. Returns how many rows.
 
-    Signals that still wait keep their decision.
+    What a restart goes on from stays: signals that wait, answers of 410 that disable their endpoint, the decisions of both, and each instance's
+    newest decision, from which its sequence numbers go on.
     """
-    waiting = select(OutboxRow.decision_id).where(OutboxRow.state == "pending")
+    settled = and_(OutboxRow.state != "pending", OutboxRow.last_error.is_distinct_from(GONE))
+    later = aliased(ScaleDecisionRow)
+    is_newest = ~exists().where(later.instance_id == ScaleDecisionRow.instance_id, later.sequence > ScaleDecisionRow.sequence)
+    needed = select(OutboxRow.decision_id).where(not_(settled))
     num_deleted = 0
     for at, condition in (
         (RequestRow.received_wall, None),
         (SampleRow.at_wall, None),
         (EngineEventRow.at_wall, None),
-        (OutboxRow.created_wall, OutboxRow.state != "pending"),
-        (ScaleDecisionRow.at_wall, ScaleDecisionRow.id.not_in(waiting)),
+        (OutboxRow.created_wall, settled),
+        (ScaleDecisionRow.at_wall, and_(ScaleDecisionRow.id.not_in(needed), not_(is_newest))),
     ):
         while deleted := await _delete_oldest(database, at, before_wall, condition, batch):
             num_deleted += deleted

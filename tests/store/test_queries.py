@@ -14,6 +14,7 @@ from appliance.events import EngineEvent, RequestRecord, Sample
 from appliance.settings import StoreSettings
 from appliance.store import queries
 from appliance.store.database import Database
+from appliance.store.outbox import GONE, Outbox
 from appliance.store.tables import DeliveryRow, EngineEventRow, OutboxRow, RequestRow, SampleRow, ScaleDecisionRow
 from appliance.store.writer import StoreWriter
 
@@ -27,11 +28,11 @@ def writer(database: Database, tmp_path: Path) -> StoreWriter:
     return StoreWriter(database, settings=StoreSettings(), clock=ManualClock(), spool_dir=tmp_path / "spool", instance_id="node-1", fleet="blue")
 
 
-def _decision(index: int, at_wall: float) -> ScaleDecisionRow:
+def _decision(index: int, at_wall: float, instance_id: str = "node-1") -> ScaleDecisionRow:
     return ScaleDecisionRow(
-        id=f"decision-{index}",
+        id=f"decision-{index}" if instance_id == "node-1" else f"{instance_id}-decision-{index}",
         sequence=index,
-        instance_id="node-1",
+        instance_id=instance_id,
         fleet="blue",
         at_wall=at_wall,
         expires_wall=at_wall + 300,
@@ -45,7 +46,7 @@ def _decision(index: int, at_wall: float) -> ScaleDecisionRow:
     )
 
 
-def _signal(index: int, state: str, created_wall: float) -> OutboxRow:
+def _signal(index: int, state: str, created_wall: float, last_error: str | None = None) -> OutboxRow:
     return OutboxRow(
         id=f"signal-{index}",
         decision_id=f"decision-{index}",
@@ -58,6 +59,7 @@ def _signal(index: int, state: str, created_wall: float) -> OutboxRow:
         expires_wall=created_wall + 300,
         state=state,
         next_attempt_wall=created_wall,
+        last_error=last_error,
     )
 
 
@@ -144,7 +146,7 @@ async def test_the_purge_deletes_the_old_in_batches(
         writer.put_engine_event(EngineEvent("crashed", WALL + index, ""))
     await writer.flush()
     async with database.begin() as session:
-        session.add_all([_decision(index, WALL + index) for index in range(3)])
+        session.add_all([*(_decision(index, WALL + index) for index in range(3)), _decision(9, WALL + 30)])
         session.add_all([_signal(0, "delivered", WALL), _signal(1, "pending", WALL + 1), _signal(2, "dead", WALL + 30)])
     async with database.begin() as session:
         session.add(DeliveryRow(outbox_id="signal-0", instance_id="node-1", fleet="blue", attempt=1, at_wall=WALL, duration_seconds=0.1, status=200))
@@ -155,6 +157,23 @@ async def test_the_purge_deletes_the_old_in_batches(
             for table in (RequestRow, SampleRow, EngineEventRow, ScaleDecisionRow, OutboxRow, DeliveryRow)
         }
         kept = (await session.execute(select(ScaleDecisionRow.id))).scalars().all()
-    assert counts == {"requests": 5, "samples": 5, "engine_events": 5, "scale_decisions": 1, "outbox": 1, "deliveries": 0}
-    assert kept == ["decision-1"]
+    assert counts == {"requests": 5, "samples": 5, "engine_events": 5, "scale_decisions": 2, "outbox": 1, "deliveries": 0}
+    assert sorted(kept) == ["decision-1", "decision-9"]
     assert await queries.purge(database, before_wall=WALL + 20) == 0
+
+
+async def test_the_purge_keeps_what_a_restart_goes_on_from(database: Database) -> None:
+    """The newest decision of each instance, or sequence numbers would begin at 1 again; and the answer 410, or its endpoint would be called again."""
+    async with database.begin() as session:
+        session.add_all([_decision(index, WALL + index) for index in range(4)])
+        session.add_all([_decision(index, WALL + index, instance_id="node-2") for index in range(2)])
+        session.add_all([_signal(0, "dead", WALL, last_error=GONE), _signal(1, "dead", WALL + 1), _signal(3, "delivered", WALL + 3)])
+    assert await queries.purge(database, before_wall=WALL + 100, batch=1) == 2 + 2 + 1  # two signals, decisions 1 and 2, the other instance's 0
+    for instance_id, sequence in (("node-1", 3), ("node-2", 1)):
+        found = await Outbox(database, instance_id=instance_id, fleet="blue").last_decision()
+        assert found is not None
+        assert found[0].sequence == sequence
+    outbox = Outbox(database, instance_id="node-1", fleet="blue")
+    assert await outbox.disabled_endpoints() == {"http://127.0.0.1:1/hook"}
+    assert await outbox.enable("http://127.0.0.1:1/hook")
+    assert await queries.purge(database, before_wall=WALL + 100) == 2  # what was kept for the endpoint alone
