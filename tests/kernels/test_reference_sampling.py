@@ -172,6 +172,12 @@ def test_draws_follow_the_softmax() -> None:
     assert ((shares - wanted).abs() <= 5 * (wanted * (1 - wanted) / num).sqrt() + 1e-9).all()
 
 
+def test_top_p_stops_at_the_mass_it_asks_for() -> None:
+    """Of four equal ids, 0.5 keeps the two lowest and not a third, whatever the noise."""
+    params = [Row(seed=seed, top_p=0.5) for seed in range(40)]
+    assert set(OPS.sample(torch.zeros(40, 4), make_batch(params, 4)).token_ids.tolist()) == {0, 1}
+
+
 def test_greedy_takes_the_lowest_id_on_a_tie() -> None:
     """Whether the whole batch is greedy or only one row."""
     logits = torch.tensor([[1.0, 3.0, 3.0, -1.0], [2.0, 2.0, 2.0, 2.0]])
