@@ -132,6 +132,8 @@ class Recorder:
         if event.kind == "started":
             self._cells.restarts.value += self._num_starts > 0
             self._num_starts += 1
+        if event.kind == "ready":  # idle until its first step, which may be hours away: it sends heartbeats only, and zeros are data
+            self._history.on_step(self.clock.monotonic(), 0, 0, 0.0, 0.0)
         if event.kind in ENGINE_GONE:
             now = self.clock.monotonic()
             self._history.release(now)

@@ -151,6 +151,29 @@ def test_report_age_follows_heartbeats_and_steps(recorder: Recorder, clock: Manu
     assert recorder.snapshot().data_age_seconds == 0
 
 
+def test_an_engine_that_is_ready_and_never_served_is_idle(recorder: Recorder, clock: ManualClock, engine: Any) -> None:
+    """From `ready` on an engine without steps counts as measured zeros, however long; a crash ends that, and the next engine begins anew."""
+    recorder.on_engine_event(EngineEvent("started", 0.0, ""))
+    clock.advance(20)
+    assert recorder.snapshot().fast.mean_running is None
+    recorder.on_engine_event(EngineEvent("ready", 0.0, ""))
+    for _ in range(400):
+        clock.advance(1)
+        engine.heartbeat = object()
+        recorder.tick()
+    snapshot = recorder.snapshot()
+    for window in (snapshot.fast, snapshot.slow):
+        assert (window.mean_running, window.mean_waiting, window.mean_kv_utilisation) == (0, 0, 0)
+        assert (window.max_kv_utilisation, window.max_waiting_age_seconds) == (0, 0)
+    assert snapshot.data_age_seconds == 0
+    recorder.on_engine_event(EngineEvent("crashed", 0.0, ""))
+    clock.advance(40)
+    assert recorder.snapshot().fast.mean_running is None
+    recorder.on_engine_event(EngineEvent("ready", 0.0, ""))
+    clock.advance(5)
+    assert recorder.snapshot().fast.mean_running == 0
+
+
 def test_snapshot_shows_both_windows(recorder: Recorder, clock: ManualClock, engine: Any, make_record: MakeRecord) -> None:
     """What is past the fast window is still in the slow one."""
     recorder.on_admitted(500, 100)
