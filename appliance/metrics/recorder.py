@@ -190,14 +190,14 @@ class Recorder:
 
     # The policy loop and the courier
 
-    def on_policy(self, desired_replicas: int, direction: str | None = None) -> None:
-        """The policy loop ran; `direction` where it decided on a change ("pinned": it wants more than it may)."""
+    def on_policy(self, desired_replicas: int, direction: str | None = None, *, pinned: bool) -> None:
+        """The policy loop ran; `direction` where it decided on a change. `pinned`: it wants more than it may."""
         self._policy_run_at = self.clock.monotonic()
         self.instruments.cell("appliance_scaling_runs_total").value += 1
         self.instruments.cell("appliance_scaling_desired_replicas").value = desired_replicas
+        self.instruments.cell("appliance_scaling_pinned").value = pinned
         if direction is not None:
             self.instruments.cell("appliance_scaling_decisions_total", bounded(direction, DIRECTIONS)).value += 1
-            self.instruments.cell("appliance_scaling_pinned").value = direction == "pinned"
 
     def on_delivery(self, outcome: str, num_pending: int) -> None:
         """An attempt to deliver a signal ended: delivered, failed (to be tried again), dead or superseded; so many still wait."""

@@ -28,8 +28,8 @@ _log = logging.getLogger(__name__)
 class LoopObserver(Protocol):
     """Hears of every run, on the event loop. The metrics recorder implements it."""
 
-    def on_policy(self, desired_replicas: int, direction: str | None = None) -> None:
-        """The loop ran; `direction` where it decided on a change."""
+    def on_policy(self, desired_replicas: int, direction: str | None = None, *, pinned: bool) -> None:
+        """The loop ran; `direction` where it decided on a change. `pinned`: it wants more than max_replicas, decided on or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ class ScalingLoop:
             self.hold = answer if isinstance(answer, Hold) else None
             self._ran_at = self._clock.monotonic()
             if self._observer is not None:
-                self._observer.on_policy(self.state.desired_replicas, decision.direction if decision else None)
+                self._observer.on_policy(self.state.desired_replicas, decision.direction if decision else None, pinned=self.state.pinned)
             return answer
 
     async def approve(self, decision_id: str, *, by: str = "") -> ScaleDecision:

@@ -36,7 +36,7 @@ def _everything_happened(recorder: Recorder, clock: ManualClock, record: Request
     recorder.on_gaps([(0.004, 8)])
     recorder.on_engine_event(EngineEvent("started", 0.0, ""))
     recorder.on_request(record)
-    recorder.on_policy(2, "up")
+    recorder.on_policy(2, "up", pinned=False)
     recorder.on_delivery("delivered", 0)
     recorder.bind_store(
         lambda: StoreStats(

@@ -201,7 +201,7 @@ def test_exemplars_name_the_request(recorder: Recorder, make_record: MakeRecord)
 
 def test_policy_and_webhooks(recorder: Recorder, clock: ManualClock) -> None:
     """The loop's runs, its wish, and the fate of signals are exported; the age of the last run grows."""
-    recorder.on_policy(3, "pinned")
+    recorder.on_policy(3, "pinned", pinned=True)
     recorder.on_delivery("dead", 2)
     clock.advance(9)
     assert _value(recorder, "scaling_desired_replicas") == 3
@@ -210,8 +210,11 @@ def test_policy_and_webhooks(recorder: Recorder, clock: ManualClock) -> None:
     assert _value(recorder, "scaling_run_age_seconds") == 9
     assert _value(recorder, "webhook_deliveries_total", outcome="dead") == 1
     assert _value(recorder, "webhook_pending") == 2
-    recorder.on_policy(2, "down")
+    recorder.on_policy(3, pinned=False)  # it wants no more than it may, which is no decision
     assert _value(recorder, "scaling_pinned") == 0
+    recorder.on_policy(3, pinned=True)
+    assert _value(recorder, "scaling_pinned") == 1
+    assert _value(recorder, "scaling_decisions_total", direction="pinned") == 1
 
 
 def test_registries_are_apart(recorder: Recorder, clock: ManualClock) -> None:

@@ -75,12 +75,14 @@ class Ears:
 
     outcomes: list[str] = field(default_factory=list)
     runs: list[tuple[int, str | None]] = field(default_factory=list)
+    pinned: list[bool] = field(default_factory=list)
 
     def on_delivery(self, outcome: str, num_pending: int) -> None:
         self.outcomes.append(outcome)
 
-    def on_policy(self, desired_replicas: int, direction: str | None = None) -> None:
+    def on_policy(self, desired_replicas: int, direction: str | None = None, *, pinned: bool) -> None:
         self.runs.append((desired_replicas, direction))
+        self.pinned.append(pinned)
 
 
 @pytest.fixture
@@ -497,6 +499,20 @@ async def test_acting_decides_records_and_delivers(rig: Rig, receiver: Receiver,
     assert row.inputs["num_waiting"] == 9
     assert row.reason == answer.reason
     assert row.alternatives == list(answer.alternatives)
+
+
+async def test_every_run_says_whether_the_fleet_is_pinned(rig: Rig) -> None:
+    """It is heard when more is wanted than may be, and also when that ends, which is no decision."""
+    loop = rig.loop(max_replicas=1)
+    await loop.run()
+    assert rig.ears.runs == [(1, "pinned")]
+    rig.busy = False
+    for _ in range(70):
+        rig.clock.advance(5.0)
+        await loop.run()
+        assert rig.ears.pinned[-1] == loop.view().pinned
+    assert {direction for _, direction in rig.ears.runs[1:]} == {None}
+    assert (rig.ears.pinned[:2], rig.ears.pinned[-1]) == ([True, True], False)
 
 
 async def test_advice_is_recorded_and_not_delivered(rig: Rig, database: Database) -> None:
