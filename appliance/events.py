@@ -101,7 +101,8 @@ class WindowStats(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     num_requests: int  # finished
     num_errors: int  # of those, status >= 500
-    num_rejected: int  # 429 and 503 at admission
+    num_rejected: int  # 429 and 503 at admission, whatever the reason
+    num_shed: int  # turned away for want of capacity: 503 of a ready node (a full queue), and deadlines that passed in the queue
     prompt_tokens_per_second: float  # measured at admission
     max_output_tokens_per_second: float  # asked for, at admission (max_tokens)
     output_tokens_per_second: float  # generated

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from appliance.events import RequestRecord
+from appliance.errors import DeadlineExceeded
+from appliance.events import LedgerState, RequestRecord
 from appliance.settings import SloSettings
 
 GENERATION_ENDPOINTS = frozenset({"/v1/chat/completions", "/v1/completions"})
@@ -70,3 +71,11 @@ def judge(record: RequestRecord, slo: Slo) -> Judgement:
         return Judgement(False, None) if record.duration_seconds > slo.ttft_seconds else NOT_JUDGED
     tpot = None if record.tpot_seconds is None else record.tpot_seconds <= slo.tpot_seconds
     return Judgement(record.ttft_seconds <= slo.ttft_seconds, tpot)
+
+
+def expired_in_queue(record: RequestRecord) -> bool:
+    """Whether `record` ended because its deadline passed before the engine ever ran it, though the engine was up all the while."""
+    if record.error_code != DeadlineExceeded.code or record.ttft_seconds is not None or record.num_engine_restarts:
+        return False
+    ran = any(record.states.get(state, 0.0) for state in (LedgerState.PREFILL, LedgerState.PREFILL_WAIT, LedgerState.DECODE))
+    return record.states.get(LedgerState.QUEUED, 0.0) > 0 and not ran

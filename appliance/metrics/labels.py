@@ -13,6 +13,7 @@ FINISH_REASONS = frozenset({"stop", "length", "tool_calls", "abort", "error", "d
 REJECTIONS = frozenset(
     {"queue_full", "unavailable", "loading", "draining", "engine_restarting", "engine_stopped", "rate_limit_exceeded", "quota_exceeded"}
 )
+SHED = frozenset({"queue_full", "unavailable"})  # of the rejections, those that another replica would have served
 PHASES = ("schedule", "launch", "wait", "output")
 DIRECTIONS = frozenset({"up", "down", "pinned"})
 OUTCOMES = frozenset({"delivered", "failed", "dead", "superseded"})

@@ -11,7 +11,7 @@ from appliance.clock import Clock
 from appliance.events import EngineEvent, RequestRecord, Snapshot, StepStats, StoreStats
 from appliance.metrics.catalogue import CATALOGUE, Metric
 from appliance.metrics.cells import Cells
-from appliance.metrics.goodput import GENERATION_ENDPOINTS, Slo, judge
+from appliance.metrics.goodput import GENERATION_ENDPOINTS, Slo, expired_in_queue, judge
 from appliance.metrics.hardware import HardwareReading
 from appliance.metrics.instruments import Instruments
 from appliance.metrics.labels import (
@@ -22,6 +22,7 @@ from appliance.metrics.labels import (
     FINISH_REASONS,
     OUTCOMES,
     REJECTIONS,
+    SHED,
     bounded,
     status_label,
 )
@@ -156,7 +157,10 @@ class Recorder:
     def on_rejected(self, code: str) -> None:
         """A request was refused at admission; `code` is the error's."""
         self.instruments.cell("appliance_rejections_total", bounded(code, REJECTIONS)).value += 1
-        self._history.on_rejected(self.clock.monotonic())
+        now = self.clock.monotonic()
+        self._history.on_rejected(now)
+        if code in SHED and self.engine_state == "ready":  # a restart fills the queue too, and is no want of replicas
+            self._history.on_shed(now)
 
     def on_first_token(self, seconds: float) -> None:
         """The first token of a request is on its way, `seconds` after receipt."""
@@ -184,9 +188,10 @@ class Recorder:
                 judged, kept = self._cells.objectives[objective]
                 judged.value += 1
                 kept.value += good
-        self._history.on_request(
-            self.clock.monotonic(), error=record.status >= 500, good=judgement.both, tpot_seconds=record.tpot_seconds, good_tpot=judgement.tpot
-        )
+        now = self.clock.monotonic()
+        if expired_in_queue(record):
+            self._history.on_shed(now)
+        self._history.on_request(now, error=record.status >= 500, good=judgement.both, tpot_seconds=record.tpot_seconds, good_tpot=judgement.tpot)
 
     # The policy loop and the courier
 

@@ -16,14 +16,15 @@ class _Bucket:
     """What happened in one slice of time. Sums and bins only: its size does not grow with the traffic."""
 
     __slots__ = (
-        *("index", "num_requests", "num_errors", "num_rejected", "num_judged", "num_good", "prompt_tokens", "max_output_tokens", "output_tokens"),
+        *("index", "num_requests", "num_errors", "num_rejected", "num_shed", "num_judged", "num_good"),
+        *("prompt_tokens", "max_output_tokens", "output_tokens"),
         *("ttft", "tpot", "num_ttft", "num_good_ttft", "num_tpot", "num_good_tpot"),
         *("held_seconds", "running_seconds", "waiting_seconds", "kv_seconds", "max_kv", "max_waiting_age"),
     )
 
     def __init__(self, index: int) -> None:
         self.index = index
-        self.num_requests = self.num_errors = self.num_rejected = self.num_judged = self.num_good = 0
+        self.num_requests = self.num_errors = self.num_rejected = self.num_shed = self.num_judged = self.num_good = 0
         self.prompt_tokens = self.max_output_tokens = self.output_tokens = 0
         self.ttft: dict[int, int] = {}  # bin -> count
         self.tpot: dict[int, int] = {}
@@ -54,8 +55,12 @@ class History:
         bucket.max_output_tokens += max_tokens
 
     def on_rejected(self, now: float) -> None:
-        """A request was refused for want of capacity or quota."""
+        """A request was refused at admission, whatever the reason."""
         self._at(now).num_rejected += 1
+
+    def on_shed(self, now: float) -> None:
+        """A request got no service for want of capacity: refused, or its deadline passed in the queue."""
+        self._at(now).num_shed += 1
 
     def on_output(self, now: float, num_tokens: int) -> None:
         """Tokens came from the engine."""
@@ -115,6 +120,7 @@ class History:
             num_requests=sum(b.num_requests for b in buckets),
             num_errors=sum(b.num_errors for b in buckets),
             num_rejected=sum(b.num_rejected for b in buckets),
+            num_shed=sum(b.num_shed for b in buckets),
             prompt_tokens_per_second=sum(b.prompt_tokens for b in buckets) / covered,
             max_output_tokens_per_second=sum(b.max_output_tokens for b in buckets) / covered,
             output_tokens_per_second=sum(b.output_tokens for b in buckets) / covered,

@@ -1,8 +1,8 @@
 """How many replicas the fleet should have, decided from what one of them measures. Pure: time and history are arguments.
 
-Up: a hard signal on the fast window, or a soft one on both, asks for current * ratio replicas, at most doubling. Down: a sliding maximum of what
-was wanted over the scale-in delay (Knative's), itself lowered only to what would hold the slow window's load with headroom. No data, stale data, a
-history shorter than the slow window and a replica that is still starting all mean Hold.
+Up: a hard signal on the fast window (requests turned away, an old queue), or a soft one on both, asks for current * ratio replicas, at most doubling.
+Down: a sliding maximum of what was wanted over the scale-in delay (Knative's), itself lowered only to what would hold the slow window's load with
+headroom. No data, stale data, a history shorter than the slow window and a replica that is still starting all mean Hold.
 """
 
 from __future__ import annotations

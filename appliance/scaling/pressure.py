@@ -1,7 +1,7 @@
 """What presses a node to ask for more replicas: each signal against its limit, as a ratio and in words. Pure functions of a Snapshot.
 
-A ratio above 1 asks for more. Hard signals (queue age, a stall) speak for themselves on the fast window; soft ones (TTFT, TPOT, KV) need the
-fast and the slow window to agree, so their ratio is the smaller of the two. No signal is built on the number of running requests: it is
+A ratio above 1 asks for more. Hard signals (requests turned away, queue age, a stall) speak for themselves on the fast window; soft ones (TTFT, TPOT,
+KV) need the fast and the slow window to agree, so their ratio is the smaller of the two. No signal is built on the number of running requests: it is
 bounded by the slots, so it would never reach its target.
 """
 
@@ -43,6 +43,7 @@ def pressures(snapshot: Snapshot, limits: Limits, relief: str = "") -> tuple[Pre
     """
     ttft = _latency("TTFT", snapshot, limits.ttft_seconds, limits.slo_target, lambda w: (w.ttft_p95_seconds, w.ttft_attainment))
     return (
+        _shed(snapshot.fast),
         _relieved(_queue(snapshot, limits), relief),
         _relieved(ttft, relief),
         _latency("TPOT", snapshot, limits.tpot_seconds, limits.slo_target, lambda w: (w.tpot_p95_seconds, w.tpot_attainment)),
@@ -58,6 +59,15 @@ def concurrency(window: WindowStats) -> float:
 def _relieved(pressure: Pressure, relief: str) -> Pressure:
     """`pressure`, brought to its limit where it will pass by itself."""
     return Pressure(pressure.name, 1.0, f"{pressure.text}, but {relief}") if relief and pressure.ratio > 1 else pressure
+
+
+def _shed(fast: WindowStats) -> Pressure:
+    """All requests over those that were served (each plus one, so that a single one counts), where some were turned away for want of capacity."""
+    if not fast.num_shed:
+        return Pressure("demand", 0.0, "no request was turned away for want of capacity")
+    num_requests = max(fast.num_requests, fast.num_shed)
+    ratio = (num_requests + 1) / (num_requests - fast.num_shed + 1)
+    return Pressure("demand", ratio, f"{fast.num_shed} of {num_requests} requests in {fast.seconds:.0f} s were turned away for want of capacity")
 
 
 def _queue(snapshot: Snapshot, limits: Limits) -> Pressure:

@@ -58,6 +58,8 @@ def _objection(window: WindowStats, limits: Limits, factor: float | None, headro
         return "" if is_idle(window) else f"{window.num_requests} requests came in {window.seconds:.0f} s, and none would serve them"
     if window.mean_running is None or window.max_kv_utilisation is None:
         return "the slow window has no data"
+    if window.num_shed:
+        return f"{window.num_shed} requests were turned away for want of capacity in {window.seconds:.0f} s"
     age = window.max_waiting_age_seconds or 0.0
     if age > limits.queue_age_seconds * headroom / factor:
         return f"a request waited {age:.2f} s"

@@ -11,7 +11,7 @@ from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
 from appliance.clock import ManualClock
-from appliance.events import EngineEvent, RequestRecord, StepStats
+from appliance.events import EngineEvent, LedgerState, RequestRecord, StepStats
 from appliance.metrics.hardware import HardwareReading, ProcessReading
 from appliance.metrics.nvml import GpuReading
 from appliance.metrics.recorder import Recorder
@@ -188,6 +188,24 @@ def test_snapshot_shows_both_windows(recorder: Recorder, clock: ManualClock, eng
     assert snapshot.fast.prompt_tokens_per_second == pytest.approx(30 / snapshot.fast.seconds)
     assert snapshot.fast.goodput is None
     assert snapshot.slow.goodput == 0
+
+
+def test_only_what_capacity_turned_away_is_shed(recorder: Recorder, engine: Any, make_record: MakeRecord) -> None:
+    """A full queue and a deadline that passes in it are want of capacity; a quota, a restart and a deadline of a running request are not."""
+    late: dict[str, Any] = {"status": 504, "error_code": "deadline_exceeded", "ttft_seconds": None, "tpot_seconds": None}
+    queued = {state.value: 0.0 for state in LedgerState} | {"queued": 600.0}
+    for code in ("queue_full", "unavailable", "rate_limit_exceeded", "loading", "draining", "engine_restarting"):
+        recorder.on_rejected(code)
+    recorder.on_request(make_record(**late, states=queued))
+    recorder.on_request(make_record(**late, states=queued | {"prefill": 0.1}))
+    recorder.on_request(make_record(**late, states=queued, num_engine_restarts=1))
+    recorder.on_request(make_record(status=504, error_code="deadline_exceeded", states=queued))
+    fast = recorder.snapshot().fast
+    assert (fast.num_rejected, fast.num_shed, fast.num_requests) == (6, 3, 4)
+    engine.state = "restarting"
+    recorder.on_rejected("queue_full")  # what an engine that is down cannot take says nothing about replicas
+    fast = recorder.snapshot().fast
+    assert (fast.num_rejected, fast.num_shed) == (7, 3)
 
 
 def test_exemplars_name_the_request(recorder: Recorder, make_record: MakeRecord) -> None:

@@ -17,6 +17,7 @@ QUIET = WindowStats(
     num_requests=60,
     num_errors=0,
     num_rejected=0,
+    num_shed=0,
     prompt_tokens_per_second=200.0,
     max_output_tokens_per_second=400.0,
     output_tokens_per_second=200.0,

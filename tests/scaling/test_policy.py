@@ -39,7 +39,7 @@ def test_an_old_queue_asks_for_more_on_the_fast_window_alone(make_snapshot: Make
     assert (answer.direction, answer.current_replicas, answer.desired_replicas) == ("up", 2, 3)
     assert "1.40 s old" in answer.reason
     assert answer.inputs["oldest_waiting_age_seconds"] == 1.4
-    assert len(answer.alternatives) == 4
+    assert len(answer.alternatives) == 5
     assert (state.current_replicas, state.sequence) == (3, 1)
     assert answer.expires_wall - answer.at_wall == 300.0
 
@@ -50,6 +50,31 @@ def test_one_decision_at_most_doubles(make_snapshot: Make, make_window: Make) ->
     answer, _ = policy(max_replicas=100).decide(view, settled(3), NOW)
     assert isinstance(answer, ScaleDecision)
     assert answer.desired_replicas == 6
+
+
+@pytest.mark.parametrize(("num_shed", "desired"), [(1, 3), (40, 4), (60, 4)])
+def test_requests_turned_away_for_want_of_capacity_ask_for_more(make_snapshot: Make, make_window: Make, num_shed: int, desired: int) -> None:
+    """One is enough, though the queue is empty and latencies are well: those that were refused have none. The share refused sizes the step."""
+    view = make_snapshot(NOW, fast=make_window(num_requests=60, num_shed=num_shed, num_rejected=num_shed))
+    answer, _ = policy().decide(view, settled(2), NOW)
+    assert isinstance(answer, ScaleDecision)
+    assert (answer.direction, answer.desired_replicas) == ("up", desired)
+    assert f"{num_shed} of 60 requests in 30 s were turned away for want of capacity" in answer.reason
+    assert answer.inputs["fast_num_shed"] == num_shed
+
+
+def test_quotas_are_no_want_of_capacity(make_snapshot: Make, make_window: Make) -> None:
+    """A client over its quota is refused by every replica alike."""
+    answer, _ = policy().decide(make_snapshot(NOW, fast=make_window(num_rejected=50)), settled(2), NOW)
+    assert isinstance(answer, Hold)
+
+
+def test_shed_requests_forbid_scale_in(make_snapshot: Make, make_window: Make) -> None:
+    """They are in no measure of load, so the slow window that saw them looks lighter than it was."""
+    light = {"max_kv_utilisation": 0.30, "ttft_p95_seconds": 0.4}
+    answer, _ = policy().decide(make_snapshot(NOW, fast=make_window(**light), slow=make_window(**light, num_shed=1)), settled(2), NOW)
+    assert isinstance(answer, Hold)
+    assert "1 requests were turned away" in answer.reason
 
 
 def test_a_passing_queue_is_no_reason(make_snapshot: Make, make_window: Make) -> None:
@@ -307,6 +332,7 @@ def test_more_load_never_asks_for_less(make_snapshot: Make, make_window: Make, d
     pair = lambda low, high: sorted(data.draw(st.tuples(st.floats(low, high), st.floats(low, high))))  # noqa: E731
     names = {"ttft_p95_seconds": 6.0, "tpot_p95_seconds": 0.3, "mean_running": 16.0, "mean_waiting": 8.0, "mean_kv_utilisation": 1.0}
     names |= {"max_kv_utilisation": 1.0, "max_waiting_age_seconds": 4.0, "prompt_tokens_per_second": 900.0}
+    shed = st.just(0) | st.integers(0, 90)
     lows: list[dict[str, float]] = [{}, {}]
     highs: list[dict[str, float]] = [{}, {}]
     for index in (0, 1):
@@ -314,6 +340,7 @@ def test_more_load_never_asks_for_less(make_snapshot: Make, make_window: Make, d
             lows[index][name], highs[index][name] = pair(0.0, top)
         for name in ("ttft_attainment", "tpot_attainment"):
             highs[index][name], lows[index][name] = pair(0.5, 1.0)
+        lows[index]["num_shed"], highs[index]["num_shed"] = sorted(data.draw(st.tuples(shed, shed)))
     waiting, age = pair(0, 50), pair(0.0, 5.0)
     answers = []
     for which, values in ((0, lows), (1, highs)):
