@@ -6,6 +6,7 @@ Thread-safe across processes: each compiles into a temporary name and renames it
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import logging
 import os
@@ -51,6 +52,7 @@ def cache_dir() -> Path:
     return Path(base) / "appliance" / "cache"
 
 
+@functools.cache
 def cpu_description() -> tuple[str, str]:
     """The CPU's model name and its instruction set flags, as the kernel reports them; empty strings where it does not."""
     name, flags = "", ""

@@ -93,14 +93,16 @@ class PackedLinear:
         self.num_bytes = sum(tensor.nbytes for tensor in held) + (0 if bias is None else bias.nbytes) + ctypes.sizeof(array)
 
     def __call__(self, x: Tensor) -> Tensor:
-        num_tokens = x.shape[0]
         dense = self.dense
-        if dense is not None and num_tokens >= dense.min_tokens:
+        if dense is not None and x.shape[0] >= dense.min_tokens:
             return functional.linear(x.to(dense.weight.dtype), dense.weight, dense.bias).to(x.dtype)
-        out = torch.empty(num_tokens, self.out_features, dtype=x.dtype)
-        if num_tokens:
+        return self.write(x, torch.empty(x.shape[0], self.out_features, dtype=x.dtype))
+
+    def write(self, x: Tensor, out: Tensor) -> Tensor:
+        """The integer layer's result in `out` `[T, out]` of x's dtype, which is returned."""
+        if x.shape[0]:
             x = x.contiguous()
-            self._library.cpu_linear(ctypes.addressof(self.shape), x.data_ptr(), out.data_ptr(), DTYPES[x.dtype], num_tokens, torch.get_num_threads())
+            self._library.cpu_linear(ctypes.addressof(self.shape), x.data_ptr(), out.data_ptr(), DTYPES[x.dtype], x.shape[0], torch.get_num_threads())
         return out
 
 

@@ -100,10 +100,12 @@ void write_group(Format format, const Group* rows, uint8_t* out) {
     for (int r = 0; r < kTileRows; ++r) std::memcpy(out + 2 * r, &rows[r].minimum, 2);
     out += 32;
   }
-  for (int j = 0; j < (format == kInt8 ? 8 : 4); ++j) {
-    for (int i = 0; i < 64; ++i) {
-      const uint8_t* q = rows[i / 4].q + 4 * j + i % 4;
-      out[64 * j + i] = format == kInt8 ? q[0] : uint8_t(q[0] | q[16] << 4);
+  for (int r = 0; r < kTileRows; ++r) {
+    uint32_t words[8];  // four features each
+    std::memcpy(words, rows[r].q, kGroup);
+    for (int j = 0; j < (format == kInt8 ? 8 : 4); ++j) {
+      uint32_t word = format == kInt8 ? words[j] : words[j] | words[j + 4] << 4;
+      std::memcpy(out + 64 * j + 4 * r, &word, 4);
     }
   }
 }

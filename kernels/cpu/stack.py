@@ -37,7 +37,7 @@ class DecoderStack:
         return self._max_tokens is None or num_tokens <= self._max_tokens
 
     def __call__(self, hidden: Tensor, cos_sin: Tensor, kv_caches: KvCaches, batch: AttentionBatch) -> Tensor:
-        """The residual stream after the last layer, `[T, H]` of hidden's dtype (float32 or bfloat16), from the embeddings `hidden`.
+        """The residual stream after the last layer, `[T, H]` of hidden's dtype (float32 or bfloat16), in place of the embeddings `hidden`.
 
         Writes this step's K and V. Within, everything but the caches is float32, whatever the dtype.
         """
@@ -55,17 +55,16 @@ class DecoderStack:
             batch.block_tables.shape[1], batch.rows.shape[0], num_tokens, num_heads, num_kv_heads, head_dim, block_size,
             0, cache_dtype, self._scale, 0,
         )  # fmt: skip
-        result = hidden.clone()
         self._library.cpu_stack(
             self._array,
             len(self._array),
             ctypes.addressof(rope),
             ctypes.addressof(attention),
-            result.data_ptr(),
-            DTYPES[result.dtype],
+            hidden.data_ptr(),
+            DTYPES[hidden.dtype],
             torch.get_num_threads(),
         )
-        return result
+        return hidden
 
     def _bind(self, kv_caches: KvCaches) -> None:
         for shape, (keys, values) in zip(self._array, kv_caches, strict=True):

@@ -17,8 +17,8 @@ from appliance.kernels.cpu import build, calibration
 from appliance.kernels.cpu.build import BuildError, load_library
 from appliance.kernels.cpu.linear import CopyBudget, DenseCopy, PackedLinear
 from appliance.kernels.cpu_ops import CpuOps, try_cpu_ops
-from appliance.kernels.ops import LayerWeights
 from appliance.kernels.gguf_blocks import dequantize
+from appliance.kernels.ops import LayerWeights
 from appliance.kernels.reference import ReferenceOps
 
 CPU = torch.device("cpu")
@@ -220,7 +220,7 @@ def test_the_stack_equals_its_layers_one_by_one(ops: CpuOps, dtype: torch.dtype,
     hidden = torch.randn(21, 64).to(dtype)
     prefilled = [tuple(torch.randn(4, 2, 16, 32).to(dtype) for _ in range(2)) for _ in layers]
     mine, theirs = ([(keys.clone(), values.clone()) for keys, values in prefilled] for _ in range(2))
-    actual = stack(hidden, cos_sin, mine, batch)
+    actual = stack(hidden.clone(), cos_sin, mine, batch)
 
     residual = hidden.float()
     reference = ReferenceOps()
