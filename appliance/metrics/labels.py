@@ -11,7 +11,10 @@ ENDPOINTS = GENERATION_ENDPOINTS | {"/v1/models", "/v1/embeddings", "/tokenize",
 STATUSES = frozenset({200, 400, 401, 403, 404, 405, 413, 415, 422, 429, 499, 500, 503, 504})
 FINISH_REASONS = frozenset({"stop", "length", "tool_calls", "abort", "error", "deadline"})
 REJECTIONS = frozenset(
-    {"queue_full", "unavailable", "loading", "draining", "engine_restarting", "engine_stopped", "rate_limit_exceeded", "quota_exceeded"}
+    {
+        *("queue_full", "unavailable", "rate_limit_exceeded"),
+        *("loading", "engine_restarting", "engine_stopped", "draining", "shutting_down", "aborted"),
+    }
 )
 SHED = frozenset({"queue_full", "unavailable"})  # of the rejections, those that another replica would have served
 PHASES = ("schedule", "launch", "wait", "output")
