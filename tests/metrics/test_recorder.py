@@ -82,6 +82,22 @@ def test_a_request_is_counted_once_everywhere(recorder: Recorder, make_record: M
     assert _value(recorder, "request_state_seconds_total", state="prefill_wait") == pytest.approx(0.04)
 
 
+def test_output_tokens_are_those_that_were_delivered(recorder: Recorder, make_record: MakeRecord) -> None:
+    """Each choice has a first token, which no gap precedes: of 5, 5 and 1 tokens of three choices none is forgotten, and to 4 of one none added."""
+    recorder.on_first_token(0.2)
+    recorder.on_gaps([(0.01, 2)] * 4)
+    recorder.on_request(make_record(num_choices=3, num_generated_tokens=11))
+    assert _value(recorder, "output_tokens_total") == 11
+    recorder.on_first_token(0.2)
+    recorder.on_gaps([(0.01, 1)] * 3)
+    recorder.on_request(make_record(num_choices=1, num_generated_tokens=4))
+    recorder.on_request(make_record(status=503, num_choices=4, num_generated_tokens=0, ttft_seconds=None))
+    recorder.on_first_token(0.2)  # the client left after the first token of the first of its two choices
+    recorder.on_request(make_record(status=499, num_choices=2, num_generated_tokens=1))
+    assert _value(recorder, "output_tokens_total") == _value(recorder, "generated_tokens_total") == 16
+    assert recorder.snapshot().fast.output_tokens_per_second == pytest.approx(16 / recorder.snapshot().fast.seconds)
+
+
 def test_attainment_counts_each_objective(recorder: Recorder, make_record: MakeRecord) -> None:
     """A request that is good on one objective and bad on the other is bad on both together."""
     recorder.on_request(make_record())
