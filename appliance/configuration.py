@@ -16,6 +16,7 @@ from appliance.configuration_checks import cross_checks
 from appliance.errors import ConfigError, ConfigProblem
 from appliance.settings import Settings
 from appliance.settings_reference import MASK, SettingField, setting_fields
+from appliance.webhook_urls import printable
 
 ENV_PREFIX = "APPLIANCE_"
 CONFIG_VARIABLE = "APPLIANCE_CONFIG"
@@ -204,7 +205,7 @@ def _nest(items: Iterable[_Given]) -> dict[str, Any]:
 
 def _out_of_range(item: _Given) -> ConfigProblem:
     field = setting_fields()[item.key]
-    text = MASK if field.secret else json.dumps(item.value, ensure_ascii=False, default=str)
+    text = MASK if field.secret else printable(json.dumps(item.value, ensure_ascii=False, default=str))
     return ConfigProblem(item.key, text, field.allowed, item.source)
 
 

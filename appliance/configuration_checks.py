@@ -7,11 +7,11 @@ import binascii
 import ipaddress
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from appliance.errors import ConfigProblem
 from appliance.settings import Settings
 from appliance.settings_reference import MASK, setting_fields, value_at
+from appliance.webhook_urls import ALLOWED, is_webhook_url, printable
 
 _Found = Iterator[tuple[str, str]]  # (key at fault, what is allowed)
 STORE_SCHEMES = ("sqlite+aiosqlite", "postgresql+asyncpg")
@@ -24,7 +24,7 @@ def cross_checks(settings: Settings, sources: Mapping[str, str], failed: frozens
         if failed.isdisjoint(keys):
             for key, allowed in check(settings):
                 value = value_at(settings, key)
-                text = MASK if setting_fields()[key].secret and value is not None else str(value)
+                text = MASK if setting_fields()[key].secret and value is not None else printable(str(value))
                 problems.append(ConfigProblem(key, text, allowed, sources.get(key, "default")))
     return problems
 
@@ -73,14 +73,9 @@ def _windows(settings: Settings) -> _Found:
 
 
 def _webhook_urls(settings: Settings) -> _Found:
-    for url in settings.scaling.webhook_urls:
-        try:
-            parts = urlsplit(url)
-            good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
-        except ValueError:
-            good = False
-        if not good:
-            yield "scaling.webhook_urls", f"http:// or https:// URLs with a host, unlike {url}"
+    for number, url in enumerate(settings.scaling.webhook_urls, start=1):
+        if not is_webhook_url(url):
+            yield "scaling.webhook_urls", f"{ALLOWED}, unlike number {number}"
 
 
 def _webhook_secret(settings: Settings) -> _Found:

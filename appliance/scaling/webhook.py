@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Protocol
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import aiohttp
 import msgspec
@@ -31,6 +31,7 @@ from appliance.clock import Clock
 from appliance.errors import ConfigError, ConfigProblem
 from appliance.events import ScaleDecision
 from appliance.store.outbox import GONE, Attempt, Outbox, Pending
+from appliance.webhook_urls import ALLOWED, is_webhook_url, printable
 
 MAX_BODY_BYTES = 20_000
 _FIRST_RETRY_SECONDS = 1.0
@@ -68,19 +69,10 @@ def cloud_event(decision: ScaleDecision) -> str:
 
 
 def check_endpoints(urls: Iterable[str]) -> tuple[str, ...]:
-    """`urls`, each once. Raises ConfigError for one that is not http(s) with a host, or that carries a password (it would be stored in SQL)."""
-    problems = []
-    for url in urls:
-        try:
-            parts = urlsplit(url)
-            good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.username is None and (parts.port or 1) > 0
-        except ValueError:
-            good = False
-        if not good:
-            shown = url.rpartition("@")[2]
-            problems.append(ConfigProblem("scaling.webhook_urls", shown, "an http(s) URL with a host and without user or password", "settings"))
-    if problems:
-        raise ConfigError(problems)
+    """`urls`, each once. Raises ConfigError for one to which no signal may be sent, without printing a password."""
+    urls = tuple(urls)
+    if bad := [url for url in urls if not is_webhook_url(url)]:
+        raise ConfigError([ConfigProblem("scaling.webhook_urls", printable(url), ALLOWED, "settings") for url in bad])
     return tuple(dict.fromkeys(urls))
 
 

@@ -193,6 +193,26 @@ def test_acting_needs_somewhere_to_deliver_to_and_a_secret() -> None:
     assert set(problems(environ=bad)) == {"scaling.webhook_urls"}
 
 
+@pytest.mark.parametrize(
+    "url", ["http://ops:hunter2@h/x", "https://ops@h/x", "http://ops:hun/ter2@h/x", "ops:hunter2@h", "http://h:0/x", "http://h:99999/x"]
+)
+def test_webhook_urls_carry_no_password(url: str) -> None:
+    """URLs are stored in SQL and printed in logs: one with a user or password is refused by its place in the list, and shown only without one."""
+    environ = {"APPLIANCE_SCALING__WEBHOOK_URLS": f"http://fine/x,{url}", "APPLIANCE_SCALING__WEBHOOK_SECRET": SECRET}
+    with pytest.raises(ConfigError) as caught:
+        load([], environ)
+    assert [problem.key for problem in caught.value.problems] == ["scaling.webhook_urls"]
+    assert "ter2" not in str(caught.value)
+    assert (url in str(caught.value)) == ("@" not in url)
+    assert "without user or password (the receiver knows the sender by its signature), unlike number 2" in str(caught.value)
+
+
+def test_a_webhook_url_that_is_no_list_is_not_printed_with_its_password(tmp_path: Path) -> None:
+    """The type is wrong before the rule is asked."""
+    found = problems(file=write(tmp_path, '[scaling]\nwebhook_urls = "http://ops:hunter2@h/x"\n'))
+    assert "hunter2" not in str(found)
+
+
 def test_a_check_is_silent_where_its_setting_is_already_wrong() -> None:
     """A value out of range is one problem, not also a broken relation with the default that stands in for it."""
     found = problems(environ={"APPLIANCE_SCALING__MAX_REPLICAS": "0", "APPLIANCE_SCALING__MIN_REPLICAS": "9"})
