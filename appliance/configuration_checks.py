@@ -95,6 +95,15 @@ def _signed_delivery(settings: Settings) -> _Found:
         yield "scaling.webhook_secret", "a secret: signals are signed (make one with `openssl rand -base64 32`, and put `whsec_` before it)"
 
 
+def _kept_signals(settings: Settings) -> _Found:
+    mode = settings.scaling.mode
+    if mode in ("approve", "act") and not settings.store.enabled:
+        yield (
+            "scaling.mode",
+            f"`off` or `advise` while store.enabled is false: with `{mode}`, decisions and their signals are kept in SQL until delivered",
+        )
+
+
 def _store_url(settings: Settings) -> _Found:
     url = settings.store.url
     if url is not None and url.get_secret_value().partition("://")[0] not in STORE_SCHEMES:
@@ -127,5 +136,6 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[[Settings], _Found]], ...] = (
     (("scaling.webhook_urls",), _webhook_urls),
     (("scaling.webhook_secret",), _webhook_secret),
     (("scaling.mode", "scaling.webhook_urls", "scaling.webhook_secret"), _signed_delivery),
+    (("scaling.mode", "store.enabled"), _kept_signals),
     (("store.url",), _store_url),
 )

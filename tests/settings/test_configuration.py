@@ -213,6 +213,19 @@ def test_a_webhook_url_that_is_no_list_is_not_printed_with_its_password(tmp_path
     assert "hunter2" not in str(found)
 
 
+def test_signals_need_the_store() -> None:
+    """What is delivered or approved is kept in SQL: without it the loop would decide and nobody would ever hear."""
+    ready = {"APPLIANCE_STORE__ENABLED": "false", "APPLIANCE_SCALING__WEBHOOK_URLS": "http://h/x", "APPLIANCE_SCALING__WEBHOOK_SECRET": SECRET}
+    for mode in ("act", "approve"):
+        found = problems(environ=ready | {"APPLIANCE_SCALING__MODE": mode})
+        assert list(found) == ["scaling.mode"]
+        assert found["scaling.mode"].value == mode
+        assert "store.enabled" in found["scaling.mode"].allowed
+        assert load([], ready | {"APPLIANCE_SCALING__MODE": mode, "APPLIANCE_STORE__ENABLED": "true"}).settings.scaling.mode == mode
+    for mode in ("off", "advise"):
+        assert load([], ready | {"APPLIANCE_SCALING__MODE": mode}).settings.scaling.mode == mode
+
+
 def test_a_check_is_silent_where_its_setting_is_already_wrong() -> None:
     """A value out of range is one problem, not also a broken relation with the default that stands in for it."""
     found = problems(environ={"APPLIANCE_SCALING__MAX_REPLICAS": "0", "APPLIANCE_SCALING__MIN_REPLICAS": "9"})
