@@ -42,7 +42,7 @@ def test_the_wheel_holds_every_module_and_data_file(archives: Path) -> None:
     expected |= _expected(ROOT / "appliance/console/static", "appliance/console/static", ("*",))
     expected |= _expected(ROOT / "kernels", "appliance/kernels", ("*.py", "*.cpp", "*.h"))
     expected |= _expected(ROOT / "alembic", "appliance/_alembic", ("*.py", "*.mako"))
-    expected |= _expected(ROOT / "dashboards", "appliance/_dashboards", ("*",))
+    expected |= _expected(ROOT / "dashboards", "appliance/_dashboards", ("*.json", "*.yml", "*.py"))
     assert expected - names == set()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"appliance"}
 
@@ -52,7 +52,7 @@ def test_the_source_archive_builds_the_same(archives: Path) -> None:
     (archive,) = archives.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
-    for folder, patterns in (("appliance", ("*.py",)), ("kernels", ("*.py", "*.cpp")), ("alembic", ("*.py", "*.mako")), ("dashboards", ("*",))):
+    for folder, patterns in (("appliance", ("*.py",)), ("kernels", ("*.py", "*.cpp")), ("alembic", ("*.py", "*.mako")), ("dashboards", ("*.json", "*.yml", "*.py"))):
         assert _expected(ROOT / folder, folder, patterns) - names == set()
 
 
