@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -43,6 +43,16 @@ class Generation(Protocol):
 
     async def next(self) -> Delta:
         """Wait until there is something, then take all of it. After a Delta with a finish_reason or an error only that end comes again."""
+
+    def take(self) -> Delta:
+        """All that there is, without waiting; an empty Delta if there is nothing."""
+
+    def listen(self, listener: Callable[[], None], *, every_token: bool) -> None:
+        """Have `listener` called, instead of waiting in `next`, whenever there is something to take.
+
+        It runs on the event loop, never inside a call of ours, at most once a tick however much came and however many generations share it.
+        Without `every_token` it is called for the first token, events and the end; the tokens between wait for one of these.
+        """
 
     def abort(self) -> None:
         """The client is gone: out of the batch by the second step. Idempotent; harmless after the end."""

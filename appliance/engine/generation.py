@@ -5,12 +5,16 @@ from __future__ import annotations
 import array
 import asyncio
 import enum
+import logging
+from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
 
 from appliance.engine.client import Delta, SequenceRequest
 from appliance.engine.wire import Sampling, SequenceEvent, Submit, TokenLogprobs, pack_ids
+
+_logger = logging.getLogger(__name__)
 
 
 class Stage(enum.IntEnum):
@@ -33,8 +37,34 @@ class Owner(Protocol):
         """End `sequence` after `num_tokens` outputs."""
 
 
+class Wakeups:
+    """The listeners that have something to take: each is called once, in the next tick of the event loop.
+
+    One callback of the loop serves every stream of a step, and what several frames of one read brought is taken together.
+    """
+
+    __slots__ = ("_due",)
+
+    def __init__(self) -> None:
+        self._due: dict[Callable[[], None], None] = {}
+
+    def add(self, listener: Callable[[], None]) -> None:
+        """Call `listener` in the next tick. On the event loop only."""
+        if not self._due:
+            asyncio.get_running_loop().call_soon(self._run)
+        self._due[listener] = None
+
+    def _run(self) -> None:
+        due, self._due = self._due, {}
+        for listener in due:
+            try:
+                listener()
+            except Exception:  # the others must have theirs
+                _logger.exception("a listener failed")
+
+
 class OpenSequence:
-    """The `Generation` that a handler owns. Its fields are written by the SequenceTable alone; the handler calls `next`, `abort`, `finish`.
+    """The `Generation` that a handler owns. Its fields are written by the SequenceTable alone; the handler calls the methods of its side.
 
     Tokens: `outputs` holds all received since the first submission, `_taken` counts those the handler has; what lies between is pending.
 
@@ -46,13 +76,16 @@ class OpenSequence:
         "_error",
         "_events",
         "_finish_reason",
+        "_listener",
         "_logprobs",
         "_owner",
         "_taken",
         "_times",
         "_waiter",
+        "_wakeups",
         "cache_salt",
         "deadline_at",
+        "hears_tokens",
         "key_id",
         "last_token_at",
         "num_cached_tokens",
@@ -73,7 +106,7 @@ class OpenSequence:
         "was_scheduled",
     )
 
-    def __init__(self, owner: Owner, sequence_id: int, request: SequenceRequest, queued_at: float) -> None:
+    def __init__(self, owner: Owner, sequence_id: int, request: SequenceRequest, queued_at: float, wakeups: Wakeups) -> None:
         self.sequence_id = sequence_id
         self.prompt_ids = pack_ids(request.prompt_ids)
         self.sampling = request.sampling
@@ -94,7 +127,10 @@ class OpenSequence:
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.num_restarts = 0
+        self.hears_tokens = True  # every one wakes its reader, not only the first
         self._owner = owner
+        self._wakeups = wakeups
+        self._listener: Callable[[], None] | None = None
         self._taken = 0
         self._times: list[float] = []
         self._logprobs: list[TokenLogprobs] = []
@@ -115,7 +151,25 @@ class OpenSequence:
                 await self._waiter
             finally:
                 self._waiter = None
-        return self._take()
+        return self.take()
+
+    def take(self) -> Delta:
+        """All that there is, without waiting; an empty Delta if there is nothing."""
+        times, events = self._times, self._events
+        token_ids = self.outputs[self._taken :].tolist() if times else []
+        logprobs = self._logprobs if self.wants_logprobs else None
+        self._taken = len(self.outputs)
+        self._times, self._events = [], []
+        if logprobs is not None:
+            self._logprobs = []
+        return Delta(token_ids, times, logprobs, events, self._finish_reason, self._error)
+
+    def listen(self, listener: Callable[[], None], *, every_token: bool) -> None:
+        """Have `listener` called whenever there is something to take; see `Generation.listen`."""
+        self._listener = listener
+        self.hears_tokens = every_token
+        if self._times or self._events or self.stage is Stage.ENDED:
+            self._wakeups.add(listener)
 
     def abort(self) -> None:
         """The client is gone. Idempotent; harmless after the end."""
@@ -147,8 +201,8 @@ class OpenSequence:
         """Append one received token."""
         self.outputs.append(token_id)
         self._times.append(at)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        if self.hears_tokens or not self._taken:
+            self._wake()
 
     def add_logprobs(self, logprobs: TokenLogprobs) -> None:
         """Append those of the token that is added next to it."""
@@ -183,17 +237,9 @@ class OpenSequence:
             return "stop"
         return None
 
-    def _take(self) -> Delta:
-        times, events = self._times, self._events
-        token_ids = self.outputs[self._taken :].tolist() if times else []
-        logprobs = self._logprobs if self.wants_logprobs else None
-        self._taken = len(self.outputs)
-        self._times, self._events = [], []
-        if logprobs is not None:
-            self._logprobs = []
-        return Delta(token_ids, times, logprobs, events, self._finish_reason, self._error)
-
     def _wake(self) -> None:
+        if self._listener is not None:
+            self._wakeups.add(self._listener)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 

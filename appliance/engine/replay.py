@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from appliance.engine.client import SequenceRequest
-from appliance.engine.generation import OpenSequence, Stage
+from appliance.engine.generation import OpenSequence, Stage, Wakeups
 from appliance.engine.wire import Abort, Finish, Ready, Rejected, SequenceEvent, StepOutput, Submit, TokenLogprobs, unpack_ids
 from appliance.errors import ApplianceError, ContextLengthExceeded, DeadlineExceeded, EngineFailed, Unavailable
 
@@ -56,6 +56,7 @@ class SequenceTable:
         self._max_num_seqs = self._context_length = 0  # the newest engine's
         self._queue_full = False  # the engine said so, until it schedules one more or the next tick
         self._announces = False  # this engine says what it schedules before it launches the step
+        self._wakeups = Wakeups()
         self._ids = itertools.count(1)
         self._end_times: collections.deque[float] = collections.deque(maxlen=64)
 
@@ -70,7 +71,7 @@ class SequenceTable:
             raise Unavailable(
                 f"the queue is full: {self._num_never_scheduled} requests wait", code="queue_full", retry_after_seconds=self.retry_after(now)
             )
-        sequence = OpenSequence(self, self._next_id(), request, now)
+        sequence = OpenSequence(self, self._next_id(), request, now, self._wakeups)
         self._open[sequence.sequence_id] = self._held[sequence.sequence_id] = sequence
         self._num_never_scheduled += 1
         if restarting:
