@@ -136,6 +136,7 @@ class _ChatRenderer:
         self._model = services.model_name
         self._tokenizer = services.text.tokenizer
         self._return_token_ids = return_token_ids
+        self.text_members = None if return_token_ids else sse.CHAT_TEXT
         self.templates = sse.ChunkTemplates(
             reply_id=reply_id, kind="chat.completion.chunk", created=created, model=self._model, include_usage=include_usage
         )

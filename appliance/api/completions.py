@@ -99,6 +99,7 @@ class _CompletionRenderer:
         self._model = services.model_name
         self._tokenizer = services.text.tokenizer
         self._return_token_ids = plan.return_token_ids
+        self.text_members = None if plan.return_token_ids else sse.COMPLETION_TEXT
         self._echoes = echoes
         self._offsets = [0] * len(plan.requests)
         self.templates = sse.ChunkTemplates(

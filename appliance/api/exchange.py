@@ -52,8 +52,9 @@ class Exchange:
         self._last_at: list[float] = []
         self._num_tokens: list[int] = []
         self._decoding: list[bool] = []
+        self._detokenize_seconds = 0.0  # noted by `detokenized`
         self._ttft: float | None = None
-        self._max_itl: float | None = None
+        self._max_itl = -1.0  # less than any gap
         self._record: RequestRecord | None = None
 
     @property
@@ -65,10 +66,10 @@ class Exchange:
         """Validated; what follows is template and tokens, then the engine's queue."""
         self.ledger.enter(LedgerState.ADMITTED)
 
-    def submitted(self, generation: Generation) -> None:
-        """The next choice is in the engine's hands."""
+    def submitted(self, generation: Generation, at: float) -> None:
+        """The next choice went into the engine's hands at `at`."""
         self.generations.append(generation)
-        self.ledger.enter(LedgerState.QUEUED, choice=len(self.generations))
+        self.ledger.enter(LedgerState.QUEUED, at, choice=len(self.generations))
         for per_choice in (self._first_at, self._last_at):
             per_choice.append(0.0)
         self._num_tokens.append(0)
@@ -88,10 +89,8 @@ class Exchange:
         self._num_tokens[choice] += len(times)
         last = self._last_at[choice]
         for at in times:
-            if last:
-                gap = at - last
-                if self._max_itl is None or gap > self._max_itl:
-                    self._max_itl = gap
+            if last and at - last > self._max_itl:
+                self._max_itl = at - last
             last = at
         self._last_at[choice] = last
         if not self._first_at[choice]:
@@ -103,8 +102,15 @@ class Exchange:
             self._decoding[choice] = True
             self.ledger.enter(LedgerState.DECODE, times[-1], choice + 1)
 
+    def detokenized(self, seconds: float) -> None:
+        """Of the time since the newest token, which counts as decoding, the server has spent `seconds` on text and its writing.
+
+        A change of state for every token would cost more than the work that it times; `close` moves the sum.
+        """
+        self._detokenize_seconds += seconds
+
     def detokenizing(self) -> None:
-        """From now on the server turns ids into text."""
+        """From now on the server builds a whole reply."""
         self.ledger.enter(LedgerState.DETOKENIZE, choice=_SERVER)
 
     def writing(self) -> None:
@@ -125,6 +131,9 @@ class Exchange:
         if self._record is not None:
             return self._record
         states = self.ledger.close()
+        moved = min(self._detokenize_seconds, states[LedgerState.DECODE])
+        states[LedgerState.DECODE] -= moved
+        states[LedgerState.DETOKENIZE] += moved
         error = self.error
         self._record = record = RequestRecord(
             id=self.id,
@@ -145,7 +154,7 @@ class Exchange:
             num_written_tokens=self.num_written_tokens,
             ttft_seconds=self._ttft,
             tpot_seconds=self._tpot(),
-            max_itl_seconds=self._max_itl,
+            max_itl_seconds=self._max_itl if self._max_itl >= 0.0 else None,
             num_preemptions=sum(generation.num_preemptions for generation in self.generations),
             num_engine_restarts=max((generation.num_restarts for generation in self.generations), default=0),
             states=states,

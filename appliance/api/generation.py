@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
 
 from appliance.api.exchange import Exchange
 from appliance.api.plan import Plan
@@ -27,8 +28,7 @@ class TokenScore:
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(msgspec.Struct, frozen=True, gc=False):
     """What one choice gained: certain text, and the tokens counted since the last piece."""
 
     choice: int
@@ -39,65 +39,71 @@ class Piece:
     stop_reason: str | int | None = None  # the stop string or the stop token id that the client named; None for the model's own end
 
 
+class Sink(Protocol):
+    """Takes a request's output on the event loop, inside the engine client's wake-up: no task wakes for a token."""
+
+    blocked: bool  # nothing is handed over, and nothing taken from the engine's client, until `advance` is called with this false
+
+    def take(self, pieces: list[Piece], ended: bool) -> None:
+        """Pieces that were ready together. `ended`: nothing follows. What it raises ends the request."""
+
+    def fail(self, error: Exception) -> None:
+        """The request ends with `error`; nothing follows."""
+
+
 class Choices:
     """The sequences of one plan, from submission to the last token. One owner; call `close` whatever happened."""
 
-    def __init__(self, services: Services, exchange: Exchange, plan: Plan) -> None:
+    def __init__(self, services: Services, exchange: Exchange, plan: Plan, sink: Sink) -> None:
         self._exchange = exchange
-        self._choices: list[_Choice] = []
+        self._running: list[_Choice] = []
         self._services = services
         self._plan = plan
-        self._pumps: list[asyncio.Task[None]] = []
+        self._sink = sink
+        self._closed = False
 
     def submit(self) -> None:
         """Hand every choice to the engine. Raises Unavailable or EngineFailed; what was submitted before is then aborted by `close`."""
         plan, services = self._plan, self._services
         for index, request in enumerate(plan.requests):
+            at = services.clock.monotonic()  # before the engine's first event: one that restarts says so while it takes the request
             generation = services.engine.submit(request)
-            self._exchange.submitted(generation)
+            self._exchange.submitted(generation, at)
             detokenizer = Detokenizer(services.text.tokenizer, stop=plan.stop, include_stop=plan.include_stop, skip_special=plan.skip_special)
             stop_ids = frozenset(request.sampling.stop_token_ids)
-            self._choices.append(_Choice(index, generation, detokenizer, stop_ids, plan))
+            self._running.append(_Choice(index, generation, detokenizer, stop_ids, plan))
         services.observer.on_admitted(plan.num_prompt_tokens, sum(request.sampling.max_tokens for request in plan.requests))
+        listener = self.advance
+        for choice in self._running:
+            choice.generation.listen(listener, every_token=plan.stream or bool(plan.stop))
 
-    async def pieces(self) -> AsyncIterator[list[Piece]]:
-        """Lists of pieces, each list what was ready together. Ends when every choice has; raises the error that ends the request.
-
-        With each list the ledger is left in DETOKENIZE: who takes it says `written` when done.
-        """
-        if len(self._choices) == 1:
-            choice = self._choices[0]
-            while not choice.done:
-                delta = await choice.generation.next()
-                if pieces := self._take([(choice, delta)]):
-                    yield pieces
+    def advance(self) -> None:
+        """Take what is ready of every choice and hand it to the sink, unless that is blocked. Never raises."""
+        if self._sink.blocked or self._closed:
             return
-        ready: list[tuple[_Choice, Delta]] = []
-        wake = asyncio.Event()
-        self._pumps = [asyncio.create_task(_pump(choice, ready, wake)) for choice in self._choices]
-        while not all(choice.done for choice in self._choices):
-            await wake.wait()
-            wake.clear()
-            batch, ready[:] = list(ready), []
-            if pieces := self._take(batch):
-                yield pieces
+        try:
+            self._advance()
+        except Exception as error:  # must reach the handler, whatever it is
+            self.close()
+            self._sink.fail(error)
 
     def close(self) -> None:
         """Abort what still runs. Idempotent."""
-        for pump in self._pumps:
-            pump.cancel()
-        for choice in self._choices:
+        self._closed = True
+        running, self._running = self._running, []
+        for choice in running:
             if not choice.done:
                 choice.done = True
                 choice.generation.abort()
 
-    def _take(self, deltas: list[tuple[_Choice, Delta]]) -> list[Piece]:
+    def _advance(self) -> None:
         exchange = self._exchange
-        exchange.detokenizing()
+        monotonic = self._services.clock.monotonic
+        began = monotonic()
         pieces: list[Piece] = []
-        for choice, delta in deltas:
-            if choice.done:
-                continue
+        ended = False
+        for choice in self._running:
+            delta = choice.generation.take()
             if delta.events:
                 exchange.note_events(choice.index, delta.events)
             if delta.token_times:
@@ -108,13 +114,18 @@ class Choices:
             if piece is None:
                 continue
             if piece.finish_reason is not None:
+                ended = True
                 exchange.choice_ended(choice.index)
                 if exchange.finish_reason is None or choice.index == 0:
                     exchange.finish_reason = piece.finish_reason
             pieces.append(piece)
         if not pieces:
-            exchange.written(0)
-        return pieces
+            return
+        if ended:
+            self._running = [choice for choice in self._running if not choice.done]
+            self._closed = not self._running
+        self._sink.take(pieces, self._closed)
+        exchange.detokenized(monotonic() - began)
 
 
 class _Choice:
@@ -153,19 +164,6 @@ class _Choice:
         text += detokenizer.flush()
         reason = "length" if delta.finish_reason == "length" else "stop"
         return Piece(self.index, text, ids, scores, reason, stop_id if stop_id in self._named_stop_ids else None)
-
-
-async def _pump(choice: _Choice, ready: list[tuple[_Choice, Delta]], wake: asyncio.Event) -> None:
-    """Move deltas of one choice into the common list until it ends."""
-    while not choice.done:
-        try:
-            delta = await choice.generation.next()
-        except Exception as error:  # must reach the handler, which waits on `wake` alone
-            delta = Delta([], [], None, [], None, error)
-        ready.append((choice, delta))
-        wake.set()
-        if delta.finish_reason is not None or delta.error is not None:
-            return
 
 
 def _scores(ids: list[int], logprobs: list[TokenLogprobs]) -> list[TokenScore]:

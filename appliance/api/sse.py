@@ -14,6 +14,8 @@ from appliance.api.usage import Usage
 
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
+CHAT_TEXT = (b'"delta":{"content":', b'},"logprobs":null,"finish_reason":null')  # around the text of a delta that holds nothing else
+COMPLETION_TEXT = (b'"text":', b',"logprobs":null,"finish_reason":null')
 _encoder = msgspec.json.Encoder()
 encode = _encoder.encode
 
@@ -26,6 +28,10 @@ class ChunkTemplates:
             b'data: {"id":' + encode(reply_id) + b',"object":' + encode(kind) + b',"created":%d,"model":' % created + encode(model) + b',"choices":['
         )
         self._end = b'}],"usage":null}\n\n' if include_usage else b"}]}\n\n"
+
+    def frame(self, choice: int, members: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
+        """What stands before and behind the one value, between `members`, that changes from chunk to chunk of a choice."""
+        return b'%b{"index":%d,%b' % (self._head, choice, members[0]), members[1] + self._end
 
     def chunk(self, choice: int, body: bytes) -> bytes:
         """One event for one choice; `body` holds its members behind the index."""
@@ -44,7 +50,7 @@ def chat_role() -> bytes:
 def chat_delta(piece: Piece, logprobs: dict[str, Any] | None) -> bytes:
     """A delta with text."""
     if logprobs is None:
-        return b'"delta":{"content":%b},"logprobs":null,"finish_reason":null' % encode(piece.text)
+        return CHAT_TEXT[0] + encode(piece.text) + CHAT_TEXT[1]
     return b'"delta":{"content":%b},"logprobs":%b,"finish_reason":null' % (encode(piece.text), encode(logprobs))
 
 
@@ -55,7 +61,9 @@ def chat_finish(piece: Piece) -> bytes:
 
 def completion_text(text: str, logprobs: dict[str, Any] | None) -> bytes:
     """A piece of a completion."""
-    return b'"text":%b,"logprobs":%b,"finish_reason":null' % (encode(text), b"null" if logprobs is None else encode(logprobs))
+    if logprobs is None:
+        return COMPLETION_TEXT[0] + encode(text) + COMPLETION_TEXT[1]
+    return b'"text":%b,"logprobs":%b,"finish_reason":null' % (encode(text), encode(logprobs))
 
 
 def completion_finish(piece: Piece) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -57,7 +58,8 @@ class FakeGeneration:
         self.aborted = False
         self.finished_at: int | None = None
         self.ended = False
-        self._deltas: asyncio.Queue[Delta] = asyncio.Queue()
+        self._deltas: collections.deque[Delta] = collections.deque()
+        self._listener: Callable[[], None] | None = None
 
     def put(
         self,
@@ -72,12 +74,30 @@ class FakeGeneration:
         logprobs = None
         if (num := self.request.sampling.num_logprobs) is not None:
             logprobs = [TokenLogprobs(-0.5, 1, tuple(range(65, 65 + num)), tuple(-0.5 - i for i in range(num))) for _ in token_ids]
-        self._deltas.put_nowait(Delta(token_ids, [now] * len(token_ids), logprobs, events or [], finish, error))
+        self._deltas.append(Delta(token_ids, [now] * len(token_ids), logprobs, events or [], finish, error))
+        self._wake()
+
+    def take(self) -> Delta:
+        """One scripted delta a wake-up, so that a test decides what comes together."""
+        if not self._deltas:
+            return Delta([], [], None, [], None, None)
+        delta = self._deltas.popleft()
+        self.ended = delta.finish_reason is not None or delta.error is not None
+        if self._deltas:
+            self._wake()
+        return delta
+
+    def listen(self, listener: Callable[[], None], *, every_token: bool) -> None:
+        self._listener = listener
+        if self._deltas:
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._listener is not None:
+            asyncio.get_running_loop().call_soon(self._listener)
 
     async def next(self) -> Delta:
-        delta = await self._deltas.get()
-        self.ended = delta.finish_reason is not None or delta.error is not None
-        return delta
+        raise NotImplementedError("the API listens")
 
     def abort(self) -> None:
         self.aborted = True
