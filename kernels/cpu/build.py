@@ -34,6 +34,7 @@ _FLAGS: Final = (
     "-Wall",
     "-Wextra",
     "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
 )
 _TIMEOUT_SECONDS: Final = 180.0
 
