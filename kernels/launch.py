@@ -21,6 +21,19 @@ def num_multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
+def dependent_launch(device: torch.device) -> dict[str, bool]:
+    """Launch options of a kernel that takes PDL: programmatic dependent launch from Hopper on, nothing elsewhere (the interpreter included).
+
+    Such a kernel may start while the one before it in the stream still runs. It lets its own successor do so (gdc_launch_dependents) at once and
+    waits (gdc_wait) before it touches anything but weights, so launch latency and the first weight tile overlap the predecessor. Every kernel
+    waits for the whole of the one before, so order holds along the stream.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return {"PDL": False}
+    return {"PDL": True, "launch_pdl": True}
+
+
+@functools.cache
 def arrival_counters(device: torch.device) -> Tensor:
     """`[NUM_COUNTERS]` int32 zeros. Programs that split one result count their arrivals here; the last one combines and puts its counter back
     to 0, so a replayed graph finds zeros. One stream uses them at a time: kernels of one step are in stream order.

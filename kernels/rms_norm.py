@@ -11,17 +11,21 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from appliance.kernels.launch import next_power_of_2
+from appliance.kernels.launch import dependent_launch, next_power_of_2
 
 
 @triton.jit
-def _rms_norm_kernel(out, x, residual, weight, eps, N: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr):
+def _rms_norm_kernel(out, x, residual, weight, eps, N: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr):
     """One program a row; the row stays in registers between the sum of squares and the product."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < N
     w = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     values = tl.load(x + row * N + columns, mask=mask, other=0.0)
     if ADD:
         before = tl.load(residual + row * N + columns, mask=mask, other=0.0)
@@ -39,8 +43,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     if num_tokens:
         block = next_power_of_2(size)
         _rms_norm_kernel[(num_tokens,)](
-            out, x, x if residual is None else residual, weight, eps, N=size, BLOCK=block, ADD=residual is not None, num_warps=_num_warps(block)
-        )
+            out, x, x if residual is None else residual, weight, eps, N=size, BLOCK=block, ADD=residual is not None,
+            num_warps=_num_warps(block), **dependent_launch(x.device),
+        )  # fmt: skip
     return out
 
 

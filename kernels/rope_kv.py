@@ -11,8 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from appliance.kernels.launch import cdiv, next_power_of_2
+from appliance.kernels.launch import cdiv, dependent_launch, next_power_of_2
 from appliance.kernels.ops import AttentionBatch
 
 
@@ -20,7 +21,7 @@ from appliance.kernels.ops import AttentionBatch
 def _rope_kv_kernel(
     q_out, key_cache, value_cache, qkv, cos_sin, positions, slot_mapping, q_norm, k_norm, eps, stride_block, stride_head,
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: HEADS heads of one token, counted through q, k and v. x1 and x2 are the rotary halves, x3 what lies beyond them."""
     token = tl.program_id(0).to(tl.int64)
@@ -30,6 +31,9 @@ def _rope_kv_kernel(
     is_k = (heads >= HQ) & (heads < HQ + HKV)
     is_v = (heads >= HQ + HKV) & (heads < HQ + 2 * HKV)
     half_mask = (heads < HQ + 2 * HKV)[:, None] & (half < HALF)[None, :]
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     source = qkv + token * ((HQ + 2 * HKV) * D) + heads[:, None] * D
     x1 = tl.load(source + half[None, :], mask=half_mask, other=0.0).to(tl.float32)
     x2 = tl.load(source + HALF + half[None, :], mask=half_mask, other=0.0).to(tl.float32)
@@ -107,6 +111,6 @@ def rope_store_kv(
             qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, eps, key_cache.stride(0), key_cache.stride(1),
             HQ=num_heads, HKV=num_kv_heads, D=head_dim, HALF=half, BLOCK_HALF=next_power_of_2(half),
             BLOCK_REST=next_power_of_2(max(head_dim - 2 * half, 1)), BLOCK_SIZE=block_size, HEADS=heads,
-            Q_NORM=q_norm is not None, K_NORM=k_norm is not None, num_warps=2 if heads == 4 else 4,
+            Q_NORM=q_norm is not None, K_NORM=k_norm is not None, num_warps=2 if heads == 4 else 4, **dependent_launch(qkv.device),
         )  # fmt: skip
     return q_out

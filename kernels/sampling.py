@@ -13,9 +13,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from appliance.kernels import ops
-from appliance.kernels.launch import arrival_counters, cdiv, next_power_of_2, num_multiprocessors
+from appliance.kernels.launch import arrival_counters, cdiv, dependent_launch, next_power_of_2, num_multiprocessors
 
 _OUTPUT_INDEX = tl.constexpr(ops.OUTPUT_INDEX)
 _SEED_LOW = tl.constexpr(ops.SEED_LOW)
@@ -79,7 +80,7 @@ def _ordered(x):
 @triton.jit(do_not_specialize=["rows", "row_params"])
 def _argmax_kernel(
     token_ids, part_values, part_ids, counters, logits, rows, row_params, vocab, logits_stride,
-    NOISE: tl.constexpr, NUM_PARTS: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
+    NOISE: tl.constexpr, NUM_PARTS: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (part, row of logits): TILES tiles of BLOCK ids. Ties go to the lowest id."""
     part = tl.program_id(0)
@@ -90,6 +91,9 @@ def _argmax_kernel(
     source = logits + entry.to(tl.int64) * logits_stride
     temperature = 0.0
     index, low, high = 0, 0, 0
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     if NOISE:
         row = tl.load(rows + entry).to(tl.int64)
         temperature = _float(row_params, row, _TEMPERATURE)
@@ -388,6 +392,7 @@ def _argmax(token_ids: Tensor, logits: Tensor, batch: ops.SamplingBatch) -> None
     _argmax_kernel[(num_parts, num_rows)](
         token_ids, values, ids, arrival_counters(logits.device), logits, batch.rows, batch.state.params, vocab, logits.stride(0),
         NOISE=not batch.all_greedy, NUM_PARTS=num_parts, TILES=cdiv(vocab, num_parts * block), BLOCK=block, num_warps=8,
+        **dependent_launch(logits.device),
     )  # fmt: skip
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from appliance.kernels import ops
-from appliance.kernels.launch import cdiv, next_power_of_2
+from appliance.kernels.launch import cdiv, dependent_launch, next_power_of_2
 
 LAST_ID = tl.constexpr(ops.LAST_ID)
 NUM_TOKENS = tl.constexpr(ops.NUM_TOKENS)
@@ -74,10 +75,13 @@ _PREPARE_ARGUMENTS += ["rows", "chunk_starts", "chunk_lens", "chunk_ids", "num_d
 def _prepare_inputs_kernel(
     input_ids, positions, slot_mapping, query_start, context_lens, batch_rows, logit_index, row_params, block_tables, table_stride,
     rows, chunk_starts, chunk_lens, chunk_ids, num_decodes, num_chunks, num_tokens, decode_programs,
-    NUM_PARAMS: tl.constexpr, BLOCK_SIZE: tl.constexpr, ENTRIES: tl.constexpr, TOKENS: tl.constexpr, CHUNKS: tl.constexpr,
+    NUM_PARAMS: tl.constexpr, BLOCK_SIZE: tl.constexpr, ENTRIES: tl.constexpr, TOKENS: tl.constexpr, CHUNKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (p, 0) with p < decode_programs: ENTRIES decodes. Program (decode_programs + c, t): tokens [t * TOKENS, (t + 1) * TOKENS) of
     chunk c; c = num_chunks stands for the tokens that no chunk owns."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     program = tl.program_id(0)
     part = tl.program_id(1)
     if program < decode_programs:
@@ -142,15 +146,19 @@ def prepare_inputs(state: ops.RowState, step: ops.StepInput, batch: ops.Attentio
         state.params, state.block_tables, state.block_tables.stride(0),
         step.rows, step.chunk_starts, step.chunk_lens, step.chunk_ids, num_decodes, num_chunks, num_tokens, decode_programs,
         NUM_PARAMS=ops.NUM_PARAMS, BLOCK_SIZE=block_size, ENTRIES=_ENTRIES, TOKENS=_TOKENS, CHUNKS=max(next_power_of_2(num_chunks), 16), num_warps=4,
+        **dependent_launch(batch.input_ids.device),
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["row_params", "counts", "rows", "samples", "context_lens", "token_ids", "num_entries"])
 def _commit_sampled_kernel(
     row_params, counts, rows, samples, context_lens, token_ids, num_entries, counts_stride,
-    NUM_PARAMS: tl.constexpr, HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr,
+    NUM_PARAMS: tl.constexpr, HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A row occurs once among the entries that sample, so nothing here needs an atomic."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < num_entries
     mask = mask & (tl.load(samples + i, mask=mask, other=0) > 0)
@@ -175,4 +183,5 @@ def commit_sampled(state: ops.RowState, step: ops.StepInput, batch: ops.Attentio
         _commit_sampled_kernel[(cdiv(num_entries, block),)](
             state.params, state.params if counts is None else counts, step.rows, step.samples, batch.context_lens, token_ids, num_entries,
             0 if counts is None else counts.stride(0), NUM_PARAMS=ops.NUM_PARAMS, HAS_COUNTS=counts is not None, BLOCK=block, num_warps=2,
+            **dependent_launch(token_ids.device),
         )  # fmt: skip
