@@ -14,6 +14,7 @@ import torch
 from appliance.engine import sizing
 from appliance.engine.block_pool import BlockPool
 from appliance.engine.chunk_policy import ChunkPolicy
+from appliance.engine.cuda_graphs import CHUNK_TOKEN_SIZES
 from appliance.engine.engine import Engine
 from appliance.engine.model_runner import ModelRunner
 from appliance.engine.scheduler import SchedulerLimits
@@ -136,10 +137,12 @@ def _size(start: Start, device: torch.device, decoder: Decoder, ops: kernel_ops.
         model_context=model_context,
         activation_bytes=activation_bytes,
     )
-    return _limits(start, sizes.max_num_seqs, sizes.max_num_batched_tokens, sizes.max_num_chunks, sizes.context_length), sizes
+    use_graphs = start.cuda_graphs and device.type == "cuda" and sizes.max_num_batched_tokens <= CHUNK_TOKEN_SIZES[-1]
+    limits = _limits(start, sizes.max_num_seqs, sizes.max_num_batched_tokens, sizes.max_num_chunks, sizes.context_length, use_graphs=use_graphs)
+    return limits, sizes
 
 
-def _limits(start: Start, seqs: int, tokens: int, chunks: int, context: int) -> SchedulerLimits:
+def _limits(start: Start, seqs: int, tokens: int, chunks: int, context: int, *, use_graphs: bool = False) -> SchedulerLimits:
     return SchedulerLimits(
         max_num_seqs=seqs,
         max_num_batched_tokens=tokens,
@@ -148,4 +151,5 @@ def _limits(start: Start, seqs: int, tokens: int, chunks: int, context: int) -> 
         context_length=context,
         max_waiting=start.max_waiting,
         prefix_caching=start.prefix_caching,
+        chunk_token_sizes=CHUNK_TOKEN_SIZES if use_graphs else (),
     )

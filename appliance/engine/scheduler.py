@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass, field
 
 from appliance.engine.block_pool import BlockPool
@@ -21,6 +22,7 @@ class SchedulerLimits:
     context_length: int
     max_waiting: int
     prefix_caching: bool
+    chunk_token_sizes: tuple[int, ...] = ()  # sizes in which graphs replay chunks, ascending: a step's prompt tokens are cut to one of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,8 @@ class Scheduler:
         budget = self.limits.max_num_batched_tokens - len(plan.decodes)
         if plan.decodes:
             budget = min(budget, self.chunk_budget)
+        if self.limits.chunk_token_sizes:
+            budget = _round_down(self.limits.chunk_token_sizes, budget)
         budget = self._schedule_running_chunks(plan, budget, now)
         if plan.num_preemptions == 0:
             self._admit(plan, budget, now)
@@ -254,3 +258,9 @@ class Scheduler:
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.limits.block_size)
+
+
+def _round_down(sizes: tuple[int, ...], value: int) -> int:
+    """The largest of `sizes` that is at most `value`; `value` itself where all are larger."""
+    index = bisect.bisect_right(sizes, value)
+    return sizes[index - 1] if index else value

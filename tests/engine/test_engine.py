@@ -69,6 +69,19 @@ def test_a_shared_prefix_is_computed_once(depth: int) -> None:
     assert event.value == 36
 
 
+def test_chunks_fill_the_sizes_that_graphs_replay() -> None:
+    """With sizes given, a step's prompt tokens make up one of them as long as enough prompt is left."""
+    driver, rng = make_driver(chunk_token_sizes=(4, 10, 24), max_num_batched_tokens=30), random.Random(6)
+    prompts = [prompt_of(rng, 50) for _ in range(4)]
+    for sequence_id, prompt in enumerate(prompts):
+        driver.submit(sequence_id, prompt, max_tokens=3)
+    driver.run()
+    assert driver.outputs == {index: expected_output(prompt, index, 3) for index, prompt in enumerate(prompts)}
+    sizes = [stats.num_prefill_tokens for stats in driver.stats if stats.num_prefill_tokens]
+    assert set(sizes[:-1]) <= {4, 10, 24}
+    assert sizes[0] == 24
+
+
 def test_a_cache_salt_keeps_prefixes_apart() -> None:
     """Equal prompts under different salts share nothing."""
     driver = make_driver()
