@@ -21,6 +21,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from appliance.kernels import ops as k
+from appliance.kernels.skinny_linear import skinny_linear
 from appliance.kernels.triton_ops import TritonOps
 
 
@@ -99,6 +100,17 @@ def _model_ops(ops: TritonOps, dtype: torch.dtype, hq: int, hkv: int, d: int, *,
         ops.commit_sampled(state, step, batch, torch.zeros(shape[0] + shape[1], dtype=torch.int32))
 
 
+def _skinny_products(dtype: torch.dtype) -> None:
+    """The four projections of a layer at the sizes of a 0.6B and an 8B model, and an odd one."""
+    for tokens in (1, 3, 16):
+        for hidden, inner in ((1024, 3072), (4096, 14336), (576, 1536)):
+            x, norm = torch.zeros(tokens, hidden, dtype=dtype), (torch.ones(hidden, dtype=dtype), 1e-6)
+            skinny_linear(x, torch.zeros(hidden * 2, hidden, dtype=dtype), None, norm=norm)
+            skinny_linear(x, torch.zeros(hidden, hidden, dtype=dtype), torch.zeros(hidden, dtype=dtype), residual=x.clone())
+            skinny_linear(x, torch.zeros(2 * inner, hidden, dtype=dtype), None, norm=norm, gate=True)
+            skinny_linear(torch.zeros(tokens, inner, dtype=dtype), torch.zeros(hidden, inner, dtype=dtype), None, residual=x)
+
+
 def _sampling_ops(ops: TritonOps, dtype: torch.dtype) -> None:
     for entries, vocab in ((1, 49152), (8, 151936), (200, 128256), (3, 301)):
         state, step, _ = _batch(entries, 0, entries)
@@ -130,6 +142,7 @@ def main() -> int:
         for hq, hkv, d, qk_norm, window in ((16, 8, 128, True, None), (32, 8, 128, False, None), (9, 3, 64, False, None), (8, 2, 128, False, 48)):
             work = f"decoder {dtype} {hq}/{hkv}/{d} qk_norm={qk_norm} window={window}"
             works.append((work, lambda t=dtype, a=(hq, hkv, d), n=qk_norm, w=window: _model_ops(ops, t, *a, qk_norm=n, window=w)))
+        works.append((f"skinny products {dtype}", lambda t=dtype: _skinny_products(t)))
         works.append((f"sampling {dtype}", lambda t=dtype: _sampling_ops(ops, t)))
     for name, work in works:
         before = len(compiled)
