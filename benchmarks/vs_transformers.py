@@ -65,7 +65,8 @@ def server(arguments: argparse.Namespace, model: str) -> Iterator[str]:
     """The base URL of our server, ready, with a state folder of its own; drained and gone at the end of the block."""
     with tempfile.TemporaryDirectory(prefix="vs-transformers-") as state:
         command = [sys.executable, "-m", "appliance.cli", "serve", "--model", model, "--port", "0", "--state-dir", state]
-        command += ["--device", arguments.device, "--num-threads", str(arguments.threads), "--scaling-mode", "off", "--log-level", "warning", *arguments.server_flags.split()]
+        command += ["--device", arguments.device, "--num-threads", str(arguments.threads), "--scaling-mode", "off", "--log-level", "warning"]
+        command += arguments.server_flags.split()
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         try:
             url = ""
