@@ -52,8 +52,9 @@ def test_the_source_archive_builds_the_same(archives: Path) -> None:
     (archive,) = archives.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
-    for folder, patterns in (("appliance", ("*.py",)), ("kernels", ("*.py", "*.cpp")), ("alembic", ("*.py", "*.mako")), ("dashboards", ("*.json", "*.yml", "*.py"))):
-        assert _expected(ROOT / folder, folder, patterns) - names == set()
+    patterns = {"appliance": ("*.py",), "kernels": ("*.py", "*.cpp"), "alembic": ("*.py", "*.mako"), "dashboards": ("*.json", "*.yml", "*.py")}
+    for folder in FOLDERS:
+        assert _expected(ROOT / folder, folder, patterns[folder]) - names == set()
 
 
 def test_the_installed_wheel_stands_alone(archives: Path, tmp_path: Path) -> None:
