@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from appliance.kernels import ops, sampling
+from appliance.kernels import filtered_sampling, ops, sampling, scores
 from appliance.kernels.philox import gumbel_noise
 from appliance.kernels.reference import ReferenceOps
 from appliance.kernels.triton_ops import TritonOps
@@ -38,7 +38,7 @@ def random_logits(num_rows: int, vocab: int, device: torch.device, spread: float
 
 def _noise_kernel(out, ids, output_index, seed_low, seed_high, N: tl.constexpr):  # noqa: N803
     lane = tl.arange(0, N)
-    noise = sampling._gumbel(tl.load(ids + lane), tl.load(output_index), tl.load(seed_low), tl.load(seed_high))
+    noise = scores.gumbel(tl.load(ids + lane), tl.load(output_index), tl.load(seed_low), tl.load(seed_high))
     tl.store(out + lane, noise)
 
 
@@ -107,6 +107,22 @@ def test_filters_keep_what_the_twin_keeps(vocab: int, quantum: float, device: to
         logits = (logits / quantum).round() * quantum
     batch = ops.SamplingBatch(rows, state, use_top_k=True, use_top_p=True, use_min_p=True)
     for _ in range(3):
+        assert TRITON.sample(logits, batch).token_ids.tolist() == TWIN.sample(logits, batch).token_ids.tolist()
+        state.params[:, ops.OUTPUT_INDEX] += 1
+
+
+@pytest.mark.parametrize("quantum", [0.0, 0.5])
+@pytest.mark.parametrize("spread", [0.2, 4.0])
+def test_few_candidates_do_not_change_the_draw(spread: float, quantum: float, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows whose kept ids are all among the candidates, rows whose are not (flat ones, top-k past what is wanted), and overflows."""
+    monkeypatch.setattr(filtered_sampling, "_WANTED", 8)
+    monkeypatch.setattr(filtered_sampling, "_CAPACITY", 64)
+    state = make_state([{ops.TEMPERATURE: 0.8} | filters for filters in FILTERS], device)
+    logits = random_logits(len(FILTERS), 1001, device, spread)
+    if quantum:
+        logits = (logits / quantum).round() * quantum
+    batch = ops.SamplingBatch(torch.arange(len(FILTERS), dtype=torch.int32, device=device), state, use_top_k=True, use_top_p=True, use_min_p=True)
+    for _ in range(2):
         assert TRITON.sample(logits, batch).token_ids.tolist() == TWIN.sample(logits, batch).token_ids.tolist()
         state.params[:, ops.OUTPUT_INDEX] += 1
 
