@@ -16,6 +16,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,8 @@ DECODE_CASES = [  # name, shape, contexts
     ("256 x 600", "135m", [600] * 256),
 ]
 
+SWEPT_DECODE_CASES = ("256 x 1024", "1 x 700")
+
 
 def time_decode(bench: Bench, sweep: bool) -> Iterator[Row]:
     """Bytes: K and V of every context."""
@@ -103,8 +107,8 @@ def time_decode(bench: Bench, sweep: bool) -> Iterator[Row]:
         num_bytes = 4 * sum(contexts) * shape.num_kv_heads * shape.head_dim
         auto = paged_decode.choose_config(len(contexts), shape.num_kv_heads, shape.head_dim, max(contexts), 2, 132)
         configs = [auto]
-        if sweep:
-            tiles = [(64, 4, 3), (64, 4, 5), (64, 2, 5), (32, 2, 5), (32, 2, 7), (32, 1, 5), (16, 1, 7), (128, 4, 5), (128, 8, 5)]
+        if sweep and what in SWEPT_DECODE_CASES:
+            tiles = [(64, 4, 3), (64, 4, 5), (64, 2, 5), (32, 2, 5), (32, 2, 7), (32, 1, 5), (128, 8, 5)]
             splits = [1, 2] if len(contexts) > 64 else [1, 2, 4, 8] if len(contexts) > 1 else [8, 16, 32, 64]
             configs += [paged_decode.DecodeConfig(n, s, w, g) for (n, w, g), s in itertools.product(tiles, splits)]
 
@@ -112,8 +116,9 @@ def time_decode(bench: Bench, sweep: bool) -> Iterator[Row]:
             return lambda: paged_decode.paged_decode(*inputs, config)
 
         yield from _tried(
-            [lambda c=c: bench.moved(f"decode {name} {what} {_short(c)}", [run(c)], num_bytes) for c in configs],  # type: ignore[misc]
-            keep=6 if sweep else 1,
+            [(f"decode {name} {what} {_short(c)}", [run(c)]) for c in configs],
+            lambda title, runs: bench.moved(title, runs, num_bytes),
+            keep=6,
         )
 
 
@@ -148,8 +153,9 @@ def time_prefill(bench: Bench, sweep: bool) -> Iterator[Row]:
             return lambda: paged_prefill.paged_prefill(*inputs, config)
 
         yield from _tried(
-            [lambda c=c: bench.computed(f"prefill {name} {what} {_short(c)}", run(c), operations) for c in configs],  # type: ignore[misc]
-            keep=6 if sweep else 1,
+            [(f"prefill {name} {what} {_short(c)}", [run(c)]) for c in configs],
+            lambda title, runs: bench.computed(title, runs[0], operations),
+            keep=6,
         )
 
 
@@ -222,9 +228,7 @@ def time_sampling(bench: Bench, sweep: bool) -> Iterator[Row]:
             for flags in variants if spread == 4.0 else variants[2:4]:
                 batch = ops.SamplingBatch(rows, state, **flags)
                 name = f"sample {num_rows} {str(dtype)[6:]} spread {spread} {' '.join(flags) or 'temperature'}"
-                yield from _tried(
-                    [lambda b=batch, n=name, x=logits: bench.moved(n, [lambda: TRITON.sample(x, b)], x.nbytes)]  # type: ignore[misc]
-                )
+                yield from _tried([(name, [lambda: TRITON.sample(logits, batch)])], lambda title, runs: bench.moved(title, runs, logits.nbytes))
 
 
 def time_linear(bench: Bench, sweep: bool) -> Iterator[Row]:
@@ -250,12 +254,10 @@ def time_linear(bench: Bench, sweep: bool) -> Iterator[Row]:
             configs = [auto]
             if sweep and num_tokens in (1, 8):
                 if num_tokens == 1:
-                    tiles = [
-                        (n, k, w, 1) for n, k, w in itertools.product((2, 4, 8, 16), (256, 512, 1024), (4, 8)) if n * k // w // 32 in (8, 16, 32, 64)
-                    ]
+                    tiles = [(4, 512, 4, 1), (8, 512, 4, 1), (4, 1024, 4, 1), (8, 256, 4, 1), (16, 256, 8, 1), (2, 1024, 4, 1)]
                 else:
-                    tiles = [(n, k, w, g) for n, k, w, g in itertools.product((16, 32, 64), (128, 256), (4,), (3, 5))]
-                configs += [SkinnyConfig(n, k, s, w, g) for (n, k, w, g), s in itertools.product(tiles, (1, 2, 4)) if size // s >= k]
+                    tiles = [(16, 256, 4, 3), (32, 256, 4, 3), (32, 128, 4, 5), (64, 128, 4, 4)]
+                configs += [SkinnyConfig(n, k, s, w, g) for (n, k, w, g), s in itertools.product(tiles, (1, 2, 4)) if size // s >= max(k, 512)]
 
             def run(
                 config: SkinnyConfig, x: Tensor = x, norm: Tensor = norm, weights: list[Tensor] = weights, gate: bool = gate
@@ -264,7 +266,8 @@ def time_linear(bench: Bench, sweep: bool) -> Iterator[Row]:
                 return [lambda w=w: skinny_linear(x, w, None, config=config, **fused) for w in weights]  # type: ignore[misc,arg-type]
 
             yield from _tried(
-                [lambda c=c: bench.moved(f"{title} {_short(c)}", run(c), num_bytes) for c in configs],  # type: ignore[misc]
+                [(f"{title} {_short(c)}", run(c)) for c in configs],
+                lambda title, runs: bench.moved(title, runs, num_bytes),
                 keep=4 if len(configs) > 1 else 1,
             )
 
@@ -273,18 +276,28 @@ def _short(config: Any) -> str:
     return "/".join(str(getattr(config, name)) for name in type(config).__slots__)
 
 
-def _tried(attempts: list[Callable[[], Row]], keep: int = 1) -> Iterator[Row]:
-    """The first attempt's row (the default) and the fastest of the others; an attempt that fails is named."""
+def _tried(
+    candidates: list[tuple[str, list[Callable[[], Any]]]], measure: Callable[[str, list[Callable[[], Any]]], Row], keep: int = 1
+) -> Iterator[Row]:
+    """The first candidate's row (the default) and the fastest of the others; one that fails is named. They are compiled side by side first."""
+    if len(candidates) > 1:
+        with ThreadPoolExecutor(12) as pool:
+            list(pool.map(_attempt, [runs[0] for _, runs in candidates]))
     rows = []
-    for attempt in attempts:
+    for title, runs in candidates:
         try:
-            rows.append(attempt())
+            rows.append(measure(title, runs))
         except Exception as error:
             torch.cuda.synchronize()
-            print(f"  failed: {type(error).__name__}: {str(error)[:160]}", flush=True)
+            print(f"  failed: {title}: {type(error).__name__}: {str(error)[:120]}", flush=True)
     yield from rows[:1]
     for what, seconds, share, note in sorted(rows[1:], key=lambda row: row[1])[: keep - 1]:
         yield f"  {what}", seconds, share, note
+
+
+def _attempt(run: Callable[[], Any]) -> None:
+    with suppress(Exception):  # the same call fails again, and is named, when it is measured
+        run()
 
 
 TIMES: dict[str, Callable[[Bench, bool], Iterator[Row]]] = {
