@@ -4,7 +4,9 @@
 
 namespace cpu {
 
-void quantize_group(const float* x, ActGroup* out, int t) {
+namespace {
+
+void quantize_term(const float* x, ActGroup* out, int t) {
 #ifdef CPU_AVX512
   __m512 a = _mm512_loadu_ps(x), b = _mm512_loadu_ps(x + 16);
   float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
@@ -35,6 +37,16 @@ void quantize_group(const float* x, ActGroup* out, int t) {
   out->offset[t] = -128 * sum;
 }
 
+}  // namespace
+
+void quantize_group(const float* x, ActGroup* out, int t, int terms) {
+  quantize_term(x, out, t);
+  if (terms == 1) return;
+  alignas(64) float rest[kGroup];
+  for (int i = 0; i < kGroup; ++i) rest[i] = x[i] - out->scale[t] * float(out->x[t][i]);
+  quantize_term(rest, out, t + 1);
+}
+
 namespace {
 
 #if defined(CPU_AVX512) && defined(__AVX512VNNI__)
@@ -45,14 +57,14 @@ inline void dot_broadcast(__m512i& sum, __m512i weights, const void* x) {
 
 // Tokens [first, first + N) of a block against one tile: u8 weights in 8 registers, s8 activations broadcast from memory (vpdpbusd).
 template <int N, int F>
-void tile_kernel(const uint8_t* w, const ActGroup* act, int groups, int first, float (*out)[kTileRows]) {
+void tile_kernel(const uint8_t* w, const ActGroup* act, int groups, int first, bool fresh, float (*out)[kTileRows]) {
   __m512 sums[N];
 #pragma GCC unroll 16
   for (int t = 0; t < N; ++t) sums[t] = _mm512_setzero_ps();
   const __m512i low = _mm512_set1_epi8(0x0F);
   for (int g = 0; g < groups; ++g, w += kGroupBytes[F], ++act) {
     const uint8_t* quants = w + (F == kInt4Min ? 64 : 32);
-    if (N <= 4) {  // a stream of weights: the hardware prefetcher stops at 4 KiB pages
+    if (fresh) {  // a stream from memory: the hardware prefetcher stops at 4 KiB pages
       for (int line = 0; line < kGroupBytes[F]; line += 64) _mm_prefetch((const char*)w + 2048 + line, _MM_HINT_T0);
     }
     __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)w)), minimum;
@@ -123,7 +135,7 @@ inline __m256i group_dot(const __m256i* q, const int32_t* x, int32_t offset) {
 }
 
 template <int N, int F>
-void tile_kernel(const uint8_t* tile, const ActGroup* acts, int groups, int first, float (*out)[kTileRows]) {
+void tile_kernel(const uint8_t* tile, const ActGroup* acts, int groups, int first, bool fresh, float (*out)[kTileRows]) {
   const __m256i low = _mm256_set1_epi8(0x0F);
   for (int half = 0; half < 2; ++half) {
     const uint8_t* w = tile;
@@ -133,6 +145,9 @@ void tile_kernel(const uint8_t* tile, const ActGroup* acts, int groups, int firs
     for (int t = 0; t < N; ++t) sums[t] = _mm256_setzero_ps();
     for (int g = 0; g < groups; ++g, w += kGroupBytes[F], ++act) {
       const uint8_t* quants = w + (F == kInt4Min ? 64 : 32) + 32 * half;
+      if (fresh && half == 0) {
+        for (int line = 0; line < kGroupBytes[F]; line += 64) _mm_prefetch((const char*)w + 2048 + line, _MM_HINT_T0);
+      }
       __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(w + 16 * half))), minimum;
       if (F == kInt4Min) minimum = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(w + 32 + 16 * half)));
       __m256i q[8];
@@ -159,17 +174,17 @@ void tile_kernel(const uint8_t* tile, const ActGroup* acts, int groups, int firs
 #endif
 
 template <int F>
-void tile_format(const uint8_t* w, const ActGroup* acts, int groups, int num_tokens, float (*out)[kTileRows]) {
+void tile_format(const uint8_t* w, const ActGroup* acts, int groups, int num_tokens, bool fresh, float (*out)[kTileRows]) {
   int first = 0;
   while (first < num_tokens) {
     int rest = num_tokens - first;
 #if defined(CPU_AVX512) && defined(__AVX512VNNI__)
-    if (rest >= 16) { tile_kernel<16, F>(w, acts, groups, first, out); first += 16; continue; }
-    if (rest >= 8) { tile_kernel<8, F>(w, acts, groups, first, out); first += 8; continue; }
+    if (rest >= 16) { tile_kernel<16, F>(w, acts, groups, first, fresh && first == 0, out); first += 16; continue; }
+    if (rest >= 8) { tile_kernel<8, F>(w, acts, groups, first, fresh && first == 0, out); first += 8; continue; }
 #endif
-    if (rest >= 4) { tile_kernel<4, F>(w, acts, groups, first, out); first += 4; }
-    else if (rest >= 2) { tile_kernel<2, F>(w, acts, groups, first, out); first += 2; }
-    else { tile_kernel<1, F>(w, acts, groups, first, out); first += 1; }
+    if (rest >= 4) { tile_kernel<4, F>(w, acts, groups, first, fresh && first == 0, out); first += 4; }
+    else if (rest >= 2) { tile_kernel<2, F>(w, acts, groups, first, fresh && first == 0, out); first += 2; }
+    else { tile_kernel<1, F>(w, acts, groups, first, fresh && first == 0, out); first += 1; }
   }
 }
 
@@ -183,7 +198,7 @@ void linear(const Linear& layer, const T* x, T* out, int num_tokens, int num_thr
       std::vector<float> row(width);
       for (int t = begin; t < end; ++t) {
         for (int i = 0; i < width; i += kLanes) vstore(row.data() + i, vload(x + size_t(t) * width + i));
-        quantize_row(row.data(), width, acts, t);
+        quantize_row(row.data(), width, acts, t, num_terms(num_tokens));
       }
     });
     team.barrier();
@@ -197,10 +212,10 @@ void linear(const Linear& layer, const T* x, T* out, int num_tokens, int num_thr
 
 }  // namespace
 
-void tile_product(const Tile& tile, const ActGroup* acts, int groups, int num_tokens, float (*out)[kTileRows]) {
-  if (tile.format == kInt4Min) tile_format<kInt4Min>(tile.data, acts, groups, num_tokens, out);
-  else if (tile.format == kInt4) tile_format<kInt4>(tile.data, acts, groups, num_tokens, out);
-  else tile_format<kInt8>(tile.data, acts, groups, num_tokens, out);
+void tile_product(const Tile& tile, const ActGroup* acts, int groups, int num_tokens, bool fresh, float (*out)[kTileRows]) {
+  if (tile.format == kInt4Min) tile_format<kInt4Min>(tile.data, acts, groups, num_tokens, fresh, out);
+  else if (tile.format == kInt4) tile_format<kInt4>(tile.data, acts, groups, num_tokens, fresh, out);
+  else tile_format<kInt8>(tile.data, acts, groups, num_tokens, fresh, out);
 }
 
 }  // namespace cpu

@@ -34,7 +34,7 @@ class Stack {
   Stack(const Layer* layers, int num_layers, const RopeShape& rope, const AttentionShape& attention, T* hidden)
       : layers_(layers), num_layers_(num_layers), rope_(rope), attention_(attention), hidden_(hidden), tokens_(rope.num_tokens),
         width_(layers[0].qkv->in_features), qkv_width_(layers[0].qkv->out_features), heads_width_(rope.num_heads * rope.head_dim),
-        inner_(layers[0].down->in_features) {
+        inner_(layers[0].down->in_features), terms_(num_terms(rope.num_tokens)) {
     thread_local Workspace workspace;
     residual_ = workspace.get<float>(0, size_t(tokens_) * width_);
     qkv_ = workspace.get<float>(1, size_t(tokens_) * qkv_width_);
@@ -74,7 +74,7 @@ class Stack {
       std::vector<float> row(width_);
       for (int t = begin; t < end; ++t) {
         norm_row(residual_ + size_t(t) * width_, weight, width_, rope_.eps, row.data());
-        quantize_row(row.data(), width_, acts_, t);
+        quantize_row(row.data(), width_, acts_, t, terms_);
       }
     });
     team.barrier();
@@ -92,17 +92,21 @@ class Stack {
 
   // 32 features of the gate and their partners of up, multiplied and quantised as one group of the down projection's input.
   void gate_up(Team& team, const Linear& linear) {
-    int groups = width_ / kGroup, pairs = inner_ / kGroup;
-    team.share(pairs, std::max(1, tile_piece(team, linear.num_tiles, groups, tokens_) / 4), [&](int begin, int end) {
+    int groups = width_ / kGroup, pairs = inner_ / kGroup, num_rows = tokens_ * terms_;
+    team.share(pairs, std::max(1, tile_piece(team, linear.num_tiles, groups, num_rows) / 4), [&](int begin, int end) {
       alignas(64) float gate[kBlockTokens][kTileRows], up[kBlockTokens][kTileRows], row[kBlockTokens][kGroup];
-      for (int first = 0; first < tokens_; first += kBlockTokens) {
-        int count = std::min(kBlockTokens, tokens_ - first);
+      for (int first = 0; first < num_rows; first += kBlockTokens) {
+        int rows = std::min(kBlockTokens, num_rows - first), count = rows / terms_;
         const ActGroup* block = acts_ + size_t(first / kBlockTokens) * groups;
         for (int pair = begin; pair < end; ++pair) {
           for (int half = 0; half < 2; ++half) {
             const Tile *g = linear.tiles + 2 * pair + half, *u = g + inner_ / kTileRows;
-            tile_product(*g, block, groups, count, gate);
-            tile_product(*u, block, groups, count, up);
+            tile_product(*g, block, groups, rows, first == 0, gate);
+            tile_product(*u, block, groups, rows, first == 0, up);
+            if (terms_ == 2) {
+              add_terms(gate, count);
+              add_terms(up, count);
+            }
             for (int t = 0; t < count; ++t) {
               for (int r = 0; r < kTileRows; r += kLanes) {
                 vf a = vload(gate[t] + r), b = vload(up[t] + r);
@@ -115,7 +119,7 @@ class Stack {
             }
           }
           ActGroup* out = inner_acts_ + size_t(first / kBlockTokens) * pairs + pair;
-          for (int t = 0; t < count; ++t) quantize_group(row[t], out, t);
+          for (int t = 0; t < count; ++t) quantize_group(row[t], out, t * terms_, terms_);
         }
       }
     });
@@ -138,7 +142,7 @@ class Stack {
     share_attention(team, shape, plan(layer.sliding_window), q_, layer.keys, layer.values, context_);
     team.barrier();
     team.share(tokens_, team.piece(tokens_, 4), [&](int begin, int end) {
-      for (int t = begin; t < end; ++t) quantize_row(context_ + size_t(t) * heads_width_, heads_width_, acts_, t);
+      for (int t = begin; t < end; ++t) quantize_row(context_ + size_t(t) * heads_width_, heads_width_, acts_, t, terms_);
     });
     team.barrier();
     project<true>(team, *layer.output, acts_, residual_);
@@ -152,7 +156,7 @@ class Stack {
   RopeShape rope_;
   AttentionShape attention_;
   T* hidden_;
-  int tokens_, width_, qkv_width_, heads_width_, inner_;
+  int tokens_, width_, qkv_width_, heads_width_, inner_, terms_;
   float *residual_, *qkv_, *q_, *context_;
   ActGroup *acts_, *inner_acts_;
   std::vector<std::pair<int, std::unique_ptr<AttentionPlan>>> plans_;
