@@ -39,6 +39,19 @@ class ConsoleFormatter(logging.Formatter):
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
+class _NoHeaders(logging.Filter):
+    """aiohttp logs a request that its parser refuses as an error, with the header at fault, which may hold a key. Here: one line, without it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if error is None or type(error).__module__ != "aiohttp.http_exceptions":
+            return True
+        record.msg, record.args = "refused what is no proper HTTP request from %s: %s", (*(record.args or ("?",)), type(error).__name__)
+        record.exc_info = record.exc_text = None
+        record.levelno, record.levelname = logging.INFO, "INFO"
+        return logging.getLogger().isEnabledFor(logging.INFO)
+
+
 def configure_logs(settings: LogSettings, stream: TextIO | None = None) -> None:
     """Send all loggers of this process to `stream` (standard error). Replaces what was configured before."""
     stream = stream or sys.stderr
@@ -50,6 +63,7 @@ def configure_logs(settings: LogSettings, stream: TextIO | None = None) -> None:
     root.setLevel(settings.level.upper())
     for name, level in _QUIET.items():
         logging.getLogger(name).setLevel(max(level, root.level))
+    logging.getLogger("aiohttp.server").filters[:] = [_NoHeaders()]
 
 
 def _extra(record: logging.LogRecord) -> dict[str, Any]:
