@@ -153,7 +153,7 @@ def choose_config(max_query_len: int, group: int, head_dim: int, itemsize: int) 
     at 8,192 and 32,768 tokens, 41-46 % with tiles of 64 keys), chunks of some 512 tokens 64 x 64 (7 % faster than 128 x 128), short ones behind
     a long context 64 x 128 (152 us against 205). float32 runs on the scalar units and spills with large tiles."""
     if itemsize > 2:
-        return PrefillConfig(block_m=max(32, next_power_of_2(group)), block_n=32, num_warps=4, num_stages=1)
+        return PrefillConfig(block_m=max(32, next_power_of_2(group)), block_n=32, num_warps=8, num_stages=1)
     rows = max_query_len * group
     if rows <= 64:
         return PrefillConfig(block_m=max(16, next_power_of_2(rows), next_power_of_2(group)), block_n=64, num_warps=4, num_stages=3)
