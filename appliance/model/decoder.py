@@ -86,7 +86,12 @@ class Decoder:
         return hidden
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """[B, vocab_size] of hidden's dtype, for hidden states from `forward`; written into `out` where one is given."""
+        """[B, vocab_size] for hidden states from `forward`, written into `out` where one is given.
+
+        Of hidden's dtype, or float32 where the head's kernel computes in it anyway: bfloat16 steps of 0.125 at 25 make ties of what is none.
+        """
+        if getattr(self._head, "computes_float32", False):
+            hidden = hidden.to(torch.float32)
         if out is None:
             return self._head(hidden)
         write = getattr(self._head, "write", None)

@@ -61,12 +61,15 @@ class DenseCopy:
 
 
 class PackedLinear:
-    """x [T, in] -> [T, out] of x's dtype (float32 or bfloat16), activations quantised to int8 in groups of 32. See linear.h.
+    """x [T, in] -> [T, out] of x's dtype (float32 or bfloat16), activations quantised to int8 in groups of 32, in two terms for
+    steps of a few tokens. See linear.h.
 
     A token's result is the same whatever else is in the step, below `dense.min_tokens`.
     """
 
     __slots__ = ("_keep", "_library", "dense", "in_features", "num_bytes", "out_features", "part_rows", "shape")
+
+    computes_float32 = True  # whatever comes in and goes out
 
     def __init__(
         self, library: ctypes.CDLL, packed: Sequence[tuple[Tensor, int, int]], in_features: int, bias: Tensor | None, dense: DenseCopy | None
