@@ -85,7 +85,7 @@ class ApplianceServer:
             self.url = self._wait_for(re.compile(r"^API\s+(\S+)/v1$")).group(1)
         except BaseException:
             self.process.kill()
-            self.process.wait()
+            self.wait_exit()
             raise
 
     def _read(self) -> None:
@@ -167,6 +167,8 @@ class ApplianceServer:
         """The exit status, with all output read."""
         status = self.process.wait(timeout)
         self._reader.join(10)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
         return status
 
     def stop(self) -> int:
@@ -177,11 +179,8 @@ class ApplianceServer:
             return self.wait_exit()
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait()
+            self.wait_exit()
             raise AssertionError("\n".join(["did not leave at SIGTERM:", *self.output[-30:]])) from None
-        finally:
-            assert self.process.stdout is not None
-            self.process.stdout.close()
 
 
 @dataclass
@@ -203,6 +202,14 @@ class Stream:
         while len(self.token_ids) < count and not (self.done or self.error or self.finish_reason):
             self.progressed.clear()
             await self.progressed.wait()
+
+
+async def until(condition: Callable[[], Any], what: str, seconds: float = 20.0) -> None:
+    """Look at `condition` a hundred times a second."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        await asyncio.sleep(0.01)
 
 
 async def run_stream(session: aiohttp.ClientSession, url: str, body: dict[str, Any], stream: Stream, path: str = "/v1/completions") -> Stream:
