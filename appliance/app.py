@@ -52,7 +52,7 @@ from appliance.text.load import load_text
 _log = logging.getLogger(__name__)
 _JOB_GRACE_SECONDS = 60  # APScheduler drops a job that is over a second late, unless told otherwise
 _DAY_SECONDS = 86400.0
-_ABORT_SECONDS = 5.0
+_ABORT_SECONDS = 2.0  # for handlers whose request was aborted to write so to their clients
 
 
 class EngineReports:
@@ -100,7 +100,7 @@ class Appliance:
         await self._stack.aclose()
 
     async def drain_requests(self, abort: asyncio.Event) -> None:
-        """Turn new requests away and wait for the open ones, `server.drain_seconds` at most or until `abort` is set."""
+        """Turn new requests away and wait for the open ones, `server.drain_seconds` at most or until `abort` is set; then end what is left."""
         self.drain.begin()
         self.notifier.stopping(f"draining {self.drain.num_open} requests")
         if self.drain.num_open:
@@ -111,6 +111,10 @@ class Appliance:
             task.cancel()
         if self.drain.num_open:
             _log.warning("aborting %d requests", self.drain.num_open)
+            closing = asyncio.create_task(self.engine.close())  # ends every sequence, so that each stream says why
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.drain.wait_idle(), _ABORT_SECONDS)
+            await closing
 
     async def _start(self, stack: AsyncExitStack) -> None:
         settings = self.settings
