@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from appliance.engine.child import die_with_parent
 from appliance.engine.wire import Abort, Failure, Finish, FrameReader, FromEngine, Heartbeat, Start, Submit, ToEngine, encode
+from appliance.errors import ModelError
 
 if TYPE_CHECKING:
     from appliance.engine.engine import Engine
@@ -134,7 +135,8 @@ def run(channel: Channel) -> int:
     try:
         engine, ready = build_engine(start, phase, channel.send)
     except Exception as error:
-        traceback.print_exc()
+        if not isinstance(error, ModelError):  # which has said all there is to say
+            traceback.print_exc()
         channel.send(Failure(_in_words(error), permanent=_is_permanent(error)))
         return 1
     channel.send(ready)
@@ -155,8 +157,6 @@ def _first_message(channel: Channel) -> tuple[Start, list[object]]:
 
 
 def _is_permanent(error: Exception) -> bool:
-    from appliance.errors import ModelError
-
     return isinstance(error, ModelError | ValueError | FileNotFoundError)
 
 
