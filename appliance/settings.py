@@ -26,7 +26,9 @@ class ServerSettings(_Slice):
 
     host: str = Field("127.0.0.1", description="Address to bind. Without an API key only loopback addresses are allowed.")
     port: Port = Field(8000, description="TCP port; 0 takes a free one and prints it.")
-    api_keys_file: Path | None = Field(None, description="File with one `name:key` (or bare key) a line. Keys close every route but /health and /ready.")
+    api_keys_file: Path | None = Field(
+        None, description="File with one `name:key` (or bare key) a line. Keys close every route but /health and /ready."
+    )
     api_key: SecretStr | None = Field(None, description="A single API key; from the environment or the file, never from a flag.")
     max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024, le=1 << 30, description="Largest request body; beyond it 413.")
     request_timeout_seconds: Seconds = Field(600.0, description="Default server-side deadline of a request, queueing included.")
@@ -39,10 +41,14 @@ class ServerSettings(_Slice):
 class ModelSettings(_Slice):
     """Which model, and in which form."""
 
-    path: str = Field("embedded", description="`embedded`, a Hugging Face folder, a GGUF file, `dummy:FOLDER` (random weights from its config.json) or a hub id.")
+    path: str = Field(
+        "embedded", description="`embedded`, a Hugging Face folder, a GGUF file, `dummy:FOLDER` (random weights from its config.json) or a hub id."
+    )
     served_name: str | None = Field(None, description="Name in the API; default: from the path.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Arithmetic of activations and unquantised weights.")
-    quantization: Literal["auto", "none", "int8", "int4", "fp8"] = Field("auto", description="`auto` keeps the file's own form; `none` widens to dtype.")
+    quantization: Literal["auto", "none", "int8", "int4", "fp8"] = Field(
+        "auto", description="`auto` keeps the file's own form; `none` widens to dtype."
+    )
     context_length: int | None = Field(None, ge=16, le=1 << 24, description="Longest prompt plus output of one sequence, in tokens.")
     chat_template: Path | None = Field(None, description="Jinja chat template that replaces the model's own.")
     seed: int = Field(0, ge=0, le=(1 << 63) - 1, description="Seed of `dummy:` weights.")
@@ -96,13 +102,17 @@ class StoreSettings(_Slice):
 class ScalingSettings(_Slice):
     """The policy loop and its signals."""
 
-    mode: Literal["off", "advise", "approve", "act"] = Field("advise", description="advise: decide and record; approve: deliver once approved; act: deliver at once.")
+    mode: Literal["off", "advise", "approve", "act"] = Field(
+        "advise", description="advise: decide and record; approve: deliver once approved; act: deliver at once."
+    )
     interval_seconds: Seconds = Field(5.0, description="Period of the policy loop.")
     min_replicas: int = Field(1, ge=0, le=10_000, description="Fewest replicas ever asked for.")
     max_replicas: int = Field(8, ge=1, le=10_000, description="Most replicas ever asked for.")
     scale_in_delay_seconds: float = Field(300.0, ge=0, le=86400, description="The desired number falls to the maximum of this much history.")
     startup_seconds: Seconds = Field(120.0, description="Time a new replica needs until it serves.")
-    max_queue_age_seconds: Seconds | None = Field(None, description="Age of the oldest waiting request that asks for more; default: half the TTFT SLO.")
+    max_queue_age_seconds: Seconds | None = Field(
+        None, description="Age of the oldest waiting request that asks for more; default: half the TTFT SLO."
+    )
     max_kv_utilisation: Share = Field(0.9, description="KV use over the fast window that asks for more.")
     webhook_urls: tuple[str, ...] = Field((), description="Endpoints of the signals (http or https).")
     webhook_secret: SecretStr | None = Field(None, description="`whsec_` + base64 of 24-64 bytes; several, separated by spaces, while keys rotate.")
@@ -130,7 +140,9 @@ def default_state_dir() -> Path:
 class Settings(_Slice):
     """Everything, read once at start."""
 
-    state_dir: Path = Field(default_factory=default_state_dir, description="Folder for the model, the database, caches and the spool. One server owns it.")
+    state_dir: Path = Field(
+        default_factory=default_state_dir, description="Folder for the model, the database, caches and the spool. One server owns it."
+    )
     instance_id: str = Field(default_factory=socket.gethostname, min_length=1, max_length=64, description="Name of this node in metrics and SQL.")
     fleet: str = Field("default", min_length=1, max_length=64, description="Name of the group of interchangeable nodes.")
     server: ServerSettings = ServerSettings()

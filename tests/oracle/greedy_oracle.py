@@ -89,7 +89,14 @@ class _Silent:
 
 def make_engine(path: str, device: str, **overrides: Any) -> Engine:
     """A float32 engine in this process."""
-    fields = {"device": device, "dtype": "float32", "quantization": "none", "context_length": 512, "kernels": "reference" if device == "cpu" else "auto", "cache_dir": tempfile.gettempdir() + "/oracle-cache"}
+    fields: dict[str, Any] = {
+        "device": device,
+        "dtype": "float32",
+        "quantization": "none",
+        "kernels": "reference" if device == "cpu" else "auto",
+        "context_length": 512,
+        "cache_dir": tempfile.gettempdir() + "/oracle-cache",
+    }
     engine, _ = build_engine(Start(model_path=path, **(fields | overrides)), _Silent(), lambda _: None)
     return engine
 
