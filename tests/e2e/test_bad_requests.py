@@ -56,7 +56,7 @@ async def _post(session: aiohttp.ClientSession, url: str, path: str, body: bytes
 async def test_bad_requests_get_their_status_and_harm_no_one(embedded_server: ApplianceServer) -> None:
     """Every one of them, twice and all at once, beside a stream that ends with the tokens that it has alone."""
     server = embedded_server
-    ask = {"prompt": "The moon is", "max_tokens": 60, "temperature": 1.0, "seed": 5, "ignore_eos": True}
+    ask = {"prompt": "The moon is", "max_tokens": 40, "temperature": 1.0, "seed": 5, "ignore_eos": True}
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(100)) as session:
         alone = await run_stream(session, server.url, ask, Stream())
         beside = Stream(request_id="beside-bad-ones")

@@ -66,7 +66,7 @@ def assert_same(disturbed: list[Stream], undisturbed: list[Stream]) -> None:
 
 async def test_sigkill_of_the_engine_loses_no_token(server: ApplianceServer) -> None:
     """Killed in mid-stream, and again during the replay, the engine is restarted and every stream ends with the text of a quiet run."""
-    asks = [{**ask, "max_tokens": 32, "ignore_eos": True} for ask in ASKS]
+    asks = [{**ask, "max_tokens": 24, "ignore_eos": True} for ask in ASKS]
     quiet = await run_all(server, asks, "quiet")
 
     async def kill_twice(streams: list[Stream]) -> None:
@@ -89,7 +89,7 @@ async def test_sigkill_of_the_engine_loses_no_token(server: ApplianceServer) -> 
         assert row["status"] == 200
         assert row["num_engine_restarts"] == 2
         assert row["engine_restart_seconds"] > 0.1
-        assert row["num_generated_tokens"] == row["num_written_tokens"] == 32
+        assert row["num_generated_tokens"] == row["num_written_tokens"] == 24
     kinds = [row["kind"] for row in server.wait_rows("select kind, num_in_flight from engine_events order by at_wall", count=8)]
     assert kinds == ["started", "ready"] + ["crashed", "restarting", "started", "ready"] * 2
     assert [row["num_in_flight"] for row in server.sql("select num_in_flight from engine_events where kind = 'crashed'")] == [len(asks)] * 2

@@ -33,9 +33,9 @@ async def test_the_capital_of_france_is_paris(client: openai.AsyncOpenAI) -> Non
 
 async def test_a_stream_says_what_the_whole_reply_says(client: openai.AsyncOpenAI) -> None:
     """Streamed and whole replies are the same text with the same usage, and a repeated prompt comes from the prefix cache."""
-    whole = await client.chat.completions.create(model=MODEL, messages=COUNT, temperature=0, max_tokens=30)
+    whole = await client.chat.completions.create(model=MODEL, messages=COUNT, temperature=0, max_tokens=20)
     stream = await client.chat.completions.create(
-        model=MODEL, messages=COUNT, temperature=0, max_tokens=30, stream=True, stream_options={"include_usage": True}
+        model=MODEL, messages=COUNT, temperature=0, max_tokens=20, stream=True, stream_options={"include_usage": True}
     )
     chunks = [chunk async for chunk in stream]
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == whole.choices[0].message.content
@@ -46,7 +46,7 @@ async def test_a_stream_says_what_the_whole_reply_says(client: openai.AsyncOpenA
     assert (usage.prompt_tokens, usage.completion_tokens) == (whole.usage.prompt_tokens, whole.usage.completion_tokens)
     assert usage.prompt_tokens_details is not None
     assert usage.prompt_tokens_details.cached_tokens == (whole.usage.prompt_tokens - 1) // 16 * 16
-    assert len([chunk for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]) > 10, "it came in one piece"
+    assert len([chunk for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]) > 8, "it came in one piece"
 
 
 async def test_logprobs_describe_the_tokens(client: openai.AsyncOpenAI) -> None:
@@ -71,10 +71,10 @@ async def test_two_choices_are_two_samples_and_a_seed_repeats_them(client: opena
     """n = 2 gives two texts; the same seed gives the same two again, beside other load, and another seed gives others."""
 
     async def ask(seed: int) -> list[str]:
-        reply = await client.chat.completions.create(model=MODEL, messages=COUNT, n=2, seed=seed, temperature=1.0, max_tokens=24)
+        reply = await client.chat.completions.create(model=MODEL, messages=COUNT, n=2, seed=seed, temperature=1.0, max_tokens=12)
         assert [choice.index for choice in reply.choices] == [0, 1]
         assert reply.usage is not None
-        assert reply.usage.completion_tokens > 24
+        assert reply.usage.completion_tokens > 12
         return [choice.message.content or "" for choice in reply.choices]
 
     first = await ask(7)
@@ -86,30 +86,30 @@ async def test_two_choices_are_two_samples_and_a_seed_repeats_them(client: opena
 
 async def test_a_stop_string_ends_the_text_before_it(client: openai.AsyncOpenAI) -> None:
     """The text ends before the stop string, streamed or not, and the rest is not billed."""
-    free = await client.completions.create(model=MODEL, prompt="One, two, three, four,", temperature=0, max_tokens=24)
+    free = await client.completions.create(model=MODEL, prompt="One, two, three, four,", temperature=0, max_tokens=16)
     text = free.choices[0].text
     stop = text[len(text) // 2 :][:4]
-    cut = await client.completions.create(model=MODEL, prompt="One, two, three, four,", temperature=0, max_tokens=24, stop=[stop])
+    cut = await client.completions.create(model=MODEL, prompt="One, two, three, four,", temperature=0, max_tokens=16, stop=[stop])
     assert cut.choices[0].text == text[: text.index(stop)]
     assert cut.choices[0].finish_reason == "stop"
     assert cut.usage is not None
     assert free.usage is not None
     assert cut.usage.completion_tokens < free.usage.completion_tokens
-    stream = await client.completions.create(model=MODEL, prompt="One, two, three, four,", temperature=0, max_tokens=24, stop=[stop], stream=True)
+    stream = await client.completions.create(model=MODEL, prompt="One, two, three, four,", temperature=0, max_tokens=16, stop=[stop], stream=True)
     assert "".join([chunk.choices[0].text async for chunk in stream]) == cut.choices[0].text
 
 
 async def test_a_prefix_hit_changes_no_token_in_float32(client: openai.AsyncOpenAI) -> None:
-    """The same greedy request three times, computed anew and from the cache, gives the same tokens."""
+    """The same greedy request twice, computed anew and from the cache, gives the same tokens."""
     asks = {
         "model": MODEL,
         "messages": [{"role": "user", "content": "Tell me about rivers, mountains and the sea."}],
         "temperature": 0,
-        "max_tokens": 40,
+        "max_tokens": 24,
     }
-    replies = [await client.chat.completions.create(**asks, extra_body={"return_token_ids": True}) for _ in range(3)]
+    replies = [await client.chat.completions.create(**asks, extra_body={"return_token_ids": True}) for _ in range(2)]
     hits = [reply.usage.prompt_tokens_details.cached_tokens for reply in replies]
-    assert hits[0] < hits[1] == hits[2]
+    assert hits[0] < hits[1]
     assert len({reply.choices[0].message.content for reply in replies}) == 1
 
 
