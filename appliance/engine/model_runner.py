@@ -51,7 +51,16 @@ class ModelRunner:
     """Owns the device: model, KV cache, batch state. Used by the step loop's thread alone."""
 
     def __init__(
-        self, decoder: Decoder, ops: Ops, device: torch.device, limits: SchedulerLimits, num_blocks: int, *, use_graphs: bool, max_num_tokens: int
+        self,
+        decoder: Decoder,
+        ops: Ops,
+        device: torch.device,
+        limits: SchedulerLimits,
+        num_blocks: int,
+        *,
+        kv_dtype: torch.dtype,
+        use_graphs: bool,
+        max_num_tokens: int,
     ) -> None:
         self.decoder = decoder
         self.ops = ops
@@ -65,7 +74,7 @@ class ModelRunner:
             device=device,
         )
         shape = decoder.kv_shape(num_blocks, limits.block_size)
-        self.kv_caches = [(_zeros(shape, decoder.dtype, device), _zeros(shape, decoder.dtype, device)) for _ in range(decoder.config.num_layers)]
+        self.kv_caches = [(_zeros(shape, kv_dtype, device), _zeros(shape, kv_dtype, device)) for _ in range(decoder.config.num_layers)]
         self.vocab_size = decoder.config.vocab_size
         self._bias: dict[int, tuple[Tensor, Tensor]] = {}  # sequence id -> ids, values
         self._is_cuda = device.type == "cuda"

@@ -129,6 +129,8 @@ def run(channel: Channel) -> int:
     start, rest = _first_message(channel)
     os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(start.cache_dir, "triton"))
     os.environ.setdefault("APPLIANCE_CACHE_DIR", start.cache_dir)
+    # An OpenMP worker spins between steps, by default for milliseconds of a core that the server needs; this is some 10 us, enough within a step.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     phase = Phase(channel, start)
     from appliance.engine.loading import build_engine  # imports torch, after the first heartbeat
 
