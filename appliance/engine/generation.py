@@ -155,13 +155,17 @@ class OpenSequence:
 
     def take(self) -> Delta:
         """All that there is, without waiting; an empty Delta if there is nothing."""
-        times, events = self._times, self._events
-        token_ids = self.outputs[self._taken :].tolist() if times else []
-        logprobs = self._logprobs if self.wants_logprobs else None
-        self._taken = len(self.outputs)
-        self._times, self._events = [], []
-        if logprobs is not None:
-            self._logprobs = []
+        times, events, outputs = self._times, self._events, self.outputs
+        token_ids: list[int] = []
+        if times:
+            token_ids = [outputs[-1]] if len(times) == 1 else outputs[self._taken :].tolist()
+            self._taken = len(outputs)
+            self._times = []
+        if events:
+            self._events = []
+        logprobs = None
+        if self.wants_logprobs:
+            logprobs, self._logprobs = self._logprobs, []
         return Delta(token_ids, times, logprobs, events, self._finish_reason, self._error)
 
     def listen(self, listener: Callable[[], None], *, every_token: bool) -> None:
