@@ -7,10 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from aiohttp import web
 
 from appliance.api import chat, completions, openapi, status, tokenization
-from appliance.api.context import SERVICES
+from appliance.api.context import SERVICES, WRITES
 from appliance.api.middleware import add_request_id, serve
 from appliance.api.off_loop import TEXT_POOL
 from appliance.api.services import Services
+from appliance.api.write_batch import WriteBatch
 
 _NUM_TEXT_THREADS = 2  # tokenizing releases the GIL; more threads would only take cores from the engine
 
@@ -19,6 +20,7 @@ def create_app(services: Services) -> web.Application:
     """The API over `services`. Run it with `AppRunner(app, handler_cancellation=True)`, or clients that leave are noticed late."""
     app = web.Application(middlewares=[serve], client_max_size=services.settings.server.max_body_bytes)
     app[SERVICES] = services
+    app[WRITES] = WriteBatch()
     app[TEXT_POOL] = ThreadPoolExecutor(_NUM_TEXT_THREADS, thread_name_prefix="text")
     app.on_response_prepare.append(add_request_id)
     app.on_cleanup.append(_close_pool)

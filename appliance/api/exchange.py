@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 from appliance.api.services import Services
@@ -24,8 +25,48 @@ _STATE_OF_EVENT = {
 }
 
 
+class Progress:
+    """What one choice has generated. Slotted, as is all that a token touches: its price is cache lines rather than instructions."""
+
+    __slots__ = ("choice", "decoding", "first_at", "last_at", "max_itl", "num_tokens")
+
+    def __init__(self, choice: int) -> None:
+        self.choice = choice
+        self.num_tokens = 0
+        self.first_at = 0.0  # 0.0 before its first token
+        self.last_at = 0.0
+        self.max_itl = -1.0  # less than any gap
+        self.decoding = False  # the ledger knows
+
+
 class Exchange:
     """Mutable state of one request, owned by its handler. `close` builds the record and reports it, once, whatever happened."""
+
+    __slots__ = (
+        "_detokenize_seconds",
+        "_progress",
+        "_record",
+        "_services",
+        "_ttft",
+        "client_request_id",
+        "endpoint",
+        "error",
+        "finish_reason",
+        "generations",
+        "id",
+        "key_id",
+        "ledger",
+        "max_tokens",
+        "model",
+        "num_choices",
+        "num_prompt_tokens",
+        "num_unwritten_tokens",
+        "num_written_tokens",
+        "received_at",
+        "received_wall",
+        "seed",
+        "stream",
+    )
 
     def __init__(self, services: Services, *, request_id: str, client_request_id: str | None, endpoint: str, received_at: float) -> None:
         self._services = services
@@ -40,7 +81,6 @@ class Exchange:
         self.stream = False
         self.num_choices = 1
         self.num_prompt_tokens = 0
-        self.num_generated_tokens = 0
         self.num_written_tokens = 0
         self.num_unwritten_tokens = 0  # in a reply that is built whole and not yet written
         self.seed: int | None = None
@@ -48,13 +88,9 @@ class Exchange:
         self.finish_reason: str | None = None
         self.error: ApplianceError | None = None
         self.generations: list[Generation] = []
-        self._first_at: list[float] = []  # by choice; 0.0 before its first token
-        self._last_at: list[float] = []
-        self._num_tokens: list[int] = []
-        self._decoding: list[bool] = []
+        self._progress: list[Progress] = []  # by choice
         self._detokenize_seconds = 0.0  # noted by `detokenized`
         self._ttft: float | None = None
-        self._max_itl = -1.0  # less than any gap
         self._record: RequestRecord | None = None
 
     @property
@@ -66,41 +102,44 @@ class Exchange:
         """Validated; what follows is template and tokens, then the engine's queue."""
         self.ledger.enter(LedgerState.ADMITTED)
 
-    def submitted(self, generation: Generation, at: float) -> None:
-        """The next choice went into the engine's hands at `at`."""
+    def submitted(self, generation: Generation, at: float) -> Progress:
+        """The next choice went into the engine's hands at `at`. Returns what `note_events` and `note_tokens` want to know it by."""
         self.generations.append(generation)
         self.ledger.enter(LedgerState.QUEUED, at, choice=len(self.generations))
-        for per_choice in (self._first_at, self._last_at):
-            per_choice.append(0.0)
-        self._num_tokens.append(0)
-        self._decoding.append(False)
+        progress = Progress(len(self._progress))
+        self._progress.append(progress)
+        return progress
 
-    def note_events(self, choice: int, events: Iterable[SequenceEvent]) -> None:
+    def note_events(self, progress: Progress, events: Iterable[SequenceEvent]) -> None:
         """What the engine says about a choice, each at its own time."""
         for event in events:
             state = _STATE_OF_EVENT.get(event.kind)
             if state is not None:
-                self.ledger.enter(state, event.at, choice + 1)
-                self._decoding[choice] = state is LedgerState.DECODE
+                self.ledger.enter(state, event.at, progress.choice + 1)
+                progress.decoding = state is LedgerState.DECODE
 
-    def note_tokens(self, choice: int, times: Sequence[float]) -> None:
+    def note_tokens(self, progress: Progress, times: Sequence[float]) -> None:
         """Tokens of a choice reached the server at `times` (not empty)."""
-        self.num_generated_tokens += len(times)
-        self._num_tokens[choice] += len(times)
-        last = self._last_at[choice]
-        for at in times:
-            if last and at - last > self._max_itl:
-                self._max_itl = at - last
-            last = at
-        self._last_at[choice] = last
-        if not self._first_at[choice]:
-            self._first_at[choice] = times[0]
-            if self._ttft is None:
-                self._ttft = max(0.0, times[0] - self.received_at)
-                self._services.observer.on_first_token(self._ttft)
-        if not self._decoding[choice]:  # an engine that sends no events, or a token behind a replay
-            self._decoding[choice] = True
-            self.ledger.enter(LedgerState.DECODE, times[-1], choice + 1)
+        progress.num_tokens += len(times)
+        last = progress.last_at
+        if last:
+            for at in times:
+                if at - last > progress.max_itl:
+                    progress.max_itl = at - last
+                last = at
+            progress.last_at = last
+        else:
+            self._note_first(progress, times)
+        if not progress.decoding:  # an engine that sends no events, or a token behind a replay
+            progress.decoding = True
+            self.ledger.enter(LedgerState.DECODE, times[-1], progress.choice + 1)
+
+    def _note_first(self, progress: Progress, times: Sequence[float]) -> None:
+        progress.first_at, progress.last_at = times[0], times[-1]
+        progress.max_itl = max((after - before for before, after in itertools.pairwise(times)), default=-1.0)
+        if self._ttft is None:
+            self._ttft = max(0.0, times[0] - self.received_at)
+            self._services.observer.on_first_token(self._ttft)
 
     def detokenized(self, seconds: float) -> None:
         """Of the time since the newest token, which counts as decoding, the server has spent `seconds` on text and its writing.
@@ -150,11 +189,11 @@ class Exchange:
             num_choices=self.num_choices,
             num_prompt_tokens=self.num_prompt_tokens,
             num_cached_tokens=self.num_cached_tokens,
-            num_generated_tokens=self.num_generated_tokens,
+            num_generated_tokens=sum(progress.num_tokens for progress in self._progress),
             num_written_tokens=self.num_written_tokens,
             ttft_seconds=self._ttft,
             tpot_seconds=self._tpot(),
-            max_itl_seconds=self._max_itl if self._max_itl >= 0.0 else None,
+            max_itl_seconds=max((progress.max_itl for progress in self._progress if progress.max_itl >= 0.0), default=None),
             num_preemptions=sum(generation.num_preemptions for generation in self.generations),
             num_engine_restarts=max((generation.num_restarts for generation in self.generations), default=0),
             states=states,
@@ -168,6 +207,6 @@ class Exchange:
         return record
 
     def _tpot(self) -> float | None:
-        if not self._num_tokens or self._num_tokens[0] < 2:
+        if not self._progress or (first := self._progress[0]).num_tokens < 2:
             return None
-        return (self._last_at[0] - self._first_at[0]) / (self._num_tokens[0] - 1)
+        return (first.last_at - first.first_at) / (first.num_tokens - 1)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import msgspec
 
-from appliance.api.exchange import Exchange
+from appliance.api.exchange import Exchange, Progress
 from appliance.api.plan import Plan
 from appliance.api.services import Services
 from appliance.engine.client import Delta, Generation
@@ -54,10 +54,13 @@ class Sink(Protocol):
 class Choices:
     """The sequences of one plan, from submission to the last token. One owner; call `close` whatever happened."""
 
+    __slots__ = ("_closed", "_exchange", "_monotonic", "_plan", "_running", "_services", "_sink")
+
     def __init__(self, services: Services, exchange: Exchange, plan: Plan, sink: Sink) -> None:
         self._exchange = exchange
         self._running: list[_Choice] = []
         self._services = services
+        self._monotonic = services.clock.monotonic
         self._plan = plan
         self._sink = sink
         self._closed = False
@@ -65,13 +68,13 @@ class Choices:
     def submit(self) -> None:
         """Hand every choice to the engine. Raises Unavailable or EngineFailed; what was submitted before is then aborted by `close`."""
         plan, services = self._plan, self._services
-        for index, request in enumerate(plan.requests):
+        for request in plan.requests:
             at = services.clock.monotonic()  # before the engine's first event: one that restarts says so while it takes the request
             generation = services.engine.submit(request)
-            self._exchange.submitted(generation, at)
+            progress = self._exchange.submitted(generation, at)
             detokenizer = Detokenizer(services.text.tokenizer, stop=plan.stop, include_stop=plan.include_stop, skip_special=plan.skip_special)
             stop_ids = frozenset(request.sampling.stop_token_ids)
-            self._running.append(_Choice(index, generation, detokenizer, stop_ids, plan))
+            self._running.append(_Choice(progress, generation, detokenizer, stop_ids, plan))
         services.observer.on_admitted(plan.num_prompt_tokens, sum(request.sampling.max_tokens for request in plan.requests))
         listener = self.advance
         for choice in self._running:
@@ -98,16 +101,16 @@ class Choices:
 
     def _advance(self) -> None:
         exchange = self._exchange
-        monotonic = self._services.clock.monotonic
+        monotonic = self._monotonic
         began = monotonic()
         pieces: list[Piece] = []
         ended = False
         for choice in self._running:
             delta = choice.generation.take()
             if delta.events:
-                exchange.note_events(choice.index, delta.events)
+                exchange.note_events(choice.progress, delta.events)
             if delta.token_times:
-                exchange.note_tokens(choice.index, delta.token_times)
+                exchange.note_tokens(choice.progress, delta.token_times)
             if delta.error is not None or delta.finish_reason in ("abort", "deadline", "error"):
                 raise _error_of(delta)
             piece = choice.take(delta)
@@ -131,10 +134,11 @@ class Choices:
 class _Choice:
     """One sequence and its text."""
 
-    __slots__ = ("_detokenizer", "_include_stop", "_named_stop_ids", "_stop_ids", "done", "generation", "index")
+    __slots__ = ("_detokenizer", "_include_stop", "_named_stop_ids", "_stop_ids", "done", "generation", "index", "progress")
 
-    def __init__(self, index: int, generation: Generation, detokenizer: Detokenizer, stop_ids: frozenset[int], plan: Plan) -> None:
-        self.index = index
+    def __init__(self, progress: Progress, generation: Generation, detokenizer: Detokenizer, stop_ids: frozenset[int], plan: Plan) -> None:
+        self.progress = progress
+        self.index = progress.choice
         self.generation = generation
         self.done = False
         self._detokenizer = detokenizer

@@ -5,6 +5,7 @@ Shapes: the specification's `chat.completion.chunk` and streamed `text_completio
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -31,7 +32,7 @@ class ChunkTemplates:
 
     def frame(self, choice: int, members: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
         """What stands before and behind the one value, between `members`, that changes from chunk to chunk of a choice."""
-        return b'%b{"index":%d,%b' % (self._head, choice, members[0]), members[1] + self._end
+        return b'%b{"index":%d,%b' % (self._head, choice, members[0]), _joined(members[1], self._end)
 
     def chunk(self, choice: int, body: bytes) -> bytes:
         """One event for one choice; `body` holds its members behind the index."""
@@ -40,6 +41,12 @@ class ChunkTemplates:
     def usage(self, usage: Usage) -> bytes:
         """The last event before DONE: no choices, the usage of the whole request."""
         return self._head + b'],"usage":' + encode(usage) + b"}\n\n"
+
+
+@lru_cache(maxsize=16)
+def _joined(first: bytes, second: bytes) -> bytes:
+    """One object for all streams, which stays in the processor's caches."""
+    return first + second
 
 
 def chat_role() -> bytes:

@@ -16,6 +16,7 @@ from aiohttp import hdrs, web
 from aiohttp.abc import AbstractStreamWriter
 
 from appliance.api import sse
+from appliance.api.context import WRITES
 from appliance.api.error_reply import error_body
 from appliance.api.exchange import Exchange
 from appliance.api.generation import Choices, Piece
@@ -49,10 +50,36 @@ class Stream:
     goes out as one write when there is room again.
     """
 
+    __slots__ = (
+        "_attention",
+        "_chunked",
+        "_ended",
+        "_error",
+        "_exchange",
+        "_held",
+        "_lock",
+        "_num_tokens",
+        "_num_unwritten_tokens",
+        "_opened",
+        "_ping_seconds",
+        "_plan",
+        "_protocol",
+        "_renderer",
+        "_request",
+        "_response",
+        "_text_frames",
+        "_transport",
+        "_writer",
+        "_writes",
+        "_wrote",
+        "blocked",
+    )
+
     def __init__(self, request: web.Request, services: Services, exchange: Exchange, plan: Plan, renderer: ChunkRenderer) -> None:
         self.blocked = False
         self._request = request
         self._protocol = request.protocol
+        self._writes = request.app[WRITES]
         self._exchange = exchange
         self._plan = plan
         self._renderer = renderer
@@ -77,20 +104,24 @@ class Stream:
     # The sink.
 
     def take(self, pieces: list[Piece], ended: bool) -> None:
-        """Write `pieces`, together with the stream's end if this is it. Raises ClientGone."""
+        """Write `pieces`, together with the stream's end if this is it; or keep them until the handler has made room."""
         self._ended = ended
         data, num_tokens = self._render(pieces)
         if ended:
             data += self._ending()
             self._attention.set()
         self._num_unwritten_tokens += num_tokens
-        if self._transport is not None:
-            self._write(data)
-            self._exchange.num_written_tokens += self._num_unwritten_tokens
-            self._num_unwritten_tokens = 0
-        elif data:
+        transport = self._transport
+        if not data:
+            return
+        if transport is None or self._protocol.writing_paused:
             self._held, self.blocked = data, True
             self._attention.set()
+            return
+        self._wrote = True
+        self._writes.add(transport, self._framed(data))
+        self._exchange.num_written_tokens += self._num_unwritten_tokens
+        self._num_unwritten_tokens = 0
 
     def fail(self, error: Exception) -> None:
         """End the stream with `error`."""
@@ -126,16 +157,18 @@ class Stream:
             if self._error is not None:
                 raise self._error
             if self._ended:
+                self._writes.flush()  # the end of the body is aiohttp's to write
                 return
             choices.advance()
 
     async def _unblock(self) -> None:
-        """Write what was held for the headers' sake, and wait until the client has taken enough for more to be written. Raises ClientGone."""
+        """Write what was held, for the headers' sake or the client's, and wait until there is room for more. Raises ClientGone."""
         self._exchange.writing()
+        held, self._held = self._held, b""
         try:
-            if self._held:
-                held, self._held = self._held, b""
-                await self._open(held)
+            if self._writer is not None:
+                await self._writer.drain()
+            await self._open(held)
             if self._writer is not None:
                 await self._writer.drain()
         except (ConnectionError, RuntimeError) as error:  # RuntimeError: aiohttp ended the response under us
@@ -151,34 +184,32 @@ class Stream:
                 self._writer = await self._response.prepare(self._request)
                 self._chunked = self._response.headers.get(hdrs.TRANSFER_ENCODING) == "chunked"  # HTTP/1.0 knows no chunks
                 self._transport = self._request.transport
-        self._write(data)
+        self._write_now(data)
 
     async def _say(self, error: ApplianceError) -> None:
         """Say in the stream what went wrong; it ends there."""
         self._exchange.error = error
-        self._write(sse.error_event(error_body(error)))
+        self._write_now(sse.error_event(error_body(error)))
 
     async def _ping(self) -> None:
         """A comment line whenever nothing was written for `ping_seconds`: proxies close streams that are silent in the queue."""
         with contextlib.suppress(ConnectionError, RuntimeError, ClientGone):  # the handler is cancelled or finds out by itself
             while True:
                 await asyncio.sleep(self._ping_seconds)
-                if not self._wrote and not self.blocked:
+                if not self._wrote and not self.blocked and not self._protocol.writing_paused:
                     await self._open(sse.PING)
                 self._wrote = False
 
     # Bytes.
 
-    def _write(self, data: bytes) -> None:
-        transport = self._transport
-        if transport is None or transport.is_closing():
+    def _framed(self, data: bytes) -> bytes:
+        return b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
+
+    def _write_now(self, data: bytes) -> None:
+        if self._transport is None or self._transport.is_closing():
             raise ClientGone(_GONE)
-        if data:
-            self._wrote = True
-            transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
-            if self._protocol.writing_paused:
-                self.blocked = True
-                self._attention.set()
+        self._writes.flush()
+        self._transport.write(self._framed(data))
 
     def _render(self, pieces: list[Piece]) -> tuple[bytes, int]:
         """The chunks of what is ready together, and its number of tokens."""
