@@ -95,6 +95,7 @@ def make_engine(path: str, device: str, **overrides: Any) -> Engine:
         "quantization": "none",
         "kernels": "reference" if device == "cpu" else "auto",
         "context_length": 512,
+        "num_threads": torch.get_num_threads(),
         "cache_dir": tempfile.gettempdir() + "/oracle-cache",
     }
     engine, _ = build_engine(Start(model_path=path, **(fields | overrides)), _Silent(), lambda _: None)
