@@ -8,8 +8,8 @@ import asyncio
 class WriteBatch:
     """What streams have to write, in order. One for all streams of a loop.
 
-    A send costs the interpreter its caches: text rendered between two sends takes about twice as long as text rendered in one go. So a step's
-    streams are all rendered first, then all written.
+    A send evicts what the interpreter works with, so a step's streams are all rendered first, then all written: 17.3 us of CPU a token instead
+    of 20.8 when each is written as it is rendered (256 streams at 100 steps/s, means of five runs in turn on a shared machine; a bare send was 8).
     """
 
     __slots__ = ("_due",)
