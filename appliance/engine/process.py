@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 HEARTBEAT_SECONDS = 1.0
 _IDLE_POLL_SECONDS = 1.0
+_CAPTURE_AFTER_SECONDS = 0.2  # idle for so long: the next request is not likely to arrive within the capture of a graph
 _READ_BYTES = 1 << 20
 
 
@@ -94,16 +95,13 @@ class Phase:
 
 
 def serve(channel: Channel, engine: Engine, phase: Phase) -> None:
-    """Step while there is work, wait for messages while there is none. Ends with EOFError."""
+    """Step while there is work; while there is none, capture graphs one by one, then wait for messages. Ends with EOFError."""
     while True:
-        busy = engine.has_work
-        if not busy:
-            if engine.runner.capture_next_graph(lambda: phase.enter("capture")):
-                timeout = 0.0
-            else:
-                phase.enter("idle")
-                timeout = _IDLE_POLL_SECONDS
-        for message in channel.receive(0.0 if busy else timeout):
+        messages = channel.receive(0.0 if engine.has_work else _CAPTURE_AFTER_SECONDS)
+        if not messages and not engine.has_work and not engine.runner.capture_next_graph(lambda: phase.enter("capture")):
+            phase.enter("idle")
+            messages = channel.receive(_IDLE_POLL_SECONDS)
+        for message in messages:
             _handle(channel, engine, message)
         if engine.has_work:
             phase.enter("step")
