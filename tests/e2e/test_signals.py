@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -108,6 +109,48 @@ def test_a_signal_while_the_model_loads_leaves_at_once(dummy_model: str, state_f
     began = time.monotonic()
     assert server.wait_exit(20) == 0
     assert time.monotonic() - began < 10
+
+
+@pytest.mark.acceptance
+async def test_a_client_that_does_not_read_holds_nothing_up(dummy_model: str, state_folder: Callable[[], Path]) -> None:
+    """Its stream fills every buffer and stands; others are served meanwhile, the drain ends at its limit, and the ledger says write-blocked."""
+    server = start(state_folder(), dummy_model, **{"server.drain_seconds": 1})
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    body = json.dumps({**LONG, "max_tokens": 4000, "logprobs": 20, "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Request-Id: deaf\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    deaf = socket.socket()
+    try:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect((host, int(port)))
+        deaf.sendall(head.encode() + body)
+        await asyncio.to_thread(server.wait_until, lambda: server.metrics().value("requests_running") == 1, 10, "the deaf one runs")
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(60)) as session:
+            other = await run_stream(session, server.url, {**LONG, "max_tokens": 200}, Stream())
+        assert len(other.token_ids) == 200
+        await asyncio.to_thread(server.wait_until, lambda: server.metrics().value("requests_running") == 0, 60, "its tokens are all made")
+        assert server.metrics().value("kv_used_blocks") == 0
+        server.signal(signal.SIGTERM)
+        assert await asyncio.to_thread(server.wait_exit, 30) == 0
+    finally:
+        deaf.close()
+        server.stop()
+    (row,) = server.sql("select * from requests where client_request_id = 'deaf'")
+    check_ledger(row)
+    assert row["write_blocked_seconds"] > 1
+    assert row["num_written_tokens"] < 4000
+    assert row["status"] in (499, 503)
+
+
+def test_a_killed_server_takes_its_engine_along(dummy_model: str, state_folder: Callable[[], Path]) -> None:
+    """SIGKILL of the server leaves no engine behind, and the next server takes over state and database without help."""
+    state = state_folder()
+    server = start(state, dummy_model)
+    engine = psutil.Process(server.engine_pid())
+    server.signal(signal.SIGKILL)
+    assert server.wait_exit(10) == -signal.SIGKILL
+    engine.wait(10)
+    with serving(state, {**EXACT, "model.path": dummy_model}) as again:
+        again.wait_rows("select * from engine_events where kind = 'ready' and pid = ?", again.engine_pid())
 
 
 def run_serve(state: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
