@@ -14,7 +14,7 @@ from appliance_server import EXACT, STATE_COLUMNS, ApplianceServer, Stream, chec
 
 @pytest.fixture(scope="module")
 def server(dummy_model: str, state_folder: Callable[[], Any]) -> Iterator[ApplianceServer]:
-    """A tiny model whose pool is too small for its load, sampled every second."""
+    """A tiny model whose pool is too small for its load, sampled ten times a second."""
     settings = {
         **EXACT,
         "model.path": dummy_model,
@@ -22,7 +22,7 @@ def server(dummy_model: str, state_folder: Callable[[], Any]) -> Iterator[Applia
         "model.context_length": 512,
         "engine.max_num_seqs": 6,
         "engine.num_blocks": 34,
-        "metrics.sample_seconds": 1,
+        "metrics.sample_seconds": 0.1,
         "store.flush_seconds": 0.1,
         "instance_id": "node-7",
         "fleet": "blue",

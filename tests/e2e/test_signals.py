@@ -141,8 +141,8 @@ async def test_a_client_that_does_not_read_holds_nothing_up(dummy_model: str, st
     assert row["status"] in (499, 503)
 
 
-def test_a_killed_server_takes_its_engine_along(dummy_model: str, state_folder: Callable[[], Path]) -> None:
-    """SIGKILL of the server leaves no engine behind, and the next server takes over state and database without help."""
+def test_a_killed_server_takes_its_engine_along_and_leaves_its_state_to_the_next(dummy_model: str, state_folder: Callable[[], Path]) -> None:
+    """SIGKILL of the server leaves no engine behind, the next server takes over state and database, and a third is refused beside it."""
     state = state_folder()
     server = start(state, dummy_model)
     engine = psutil.Process(server.engine_pid())
@@ -151,6 +151,10 @@ def test_a_killed_server_takes_its_engine_along(dummy_model: str, state_folder: 
     engine.wait(10)
     with serving(state, {**EXACT, "model.path": dummy_model}) as again:
         again.wait_rows("select * from engine_events where kind = 'ready' and pid = ?", again.engine_pid())
+        refused = run_serve(state, *flags({"model.path": dummy_model}))
+        assert refused.returncode == 2
+        assert f"pid {again.process.pid}" in refused.stderr
+        assert again.status("/ready") == 200
 
 
 def run_serve(state: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -187,15 +191,6 @@ def test_a_model_that_cannot_be_loaded_leaves_with_1_and_words(tmp_path: Path, d
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "strange" in done.stderr.splitlines()[-1].lower()
-
-
-def test_a_second_server_on_the_same_state_is_refused(dummy_model: str, state_folder: Callable[[], Path]) -> None:
-    """One server owns a state folder: the second leaves with 2 and names the first."""
-    with serving(state_folder(), {**EXACT, "model.path": dummy_model}) as server:
-        done = run_serve(server.state, *flags({"model.path": dummy_model}))
-        assert done.returncode == 2
-        assert f"pid {server.process.pid}" in done.stderr
-        assert server.status("/ready") == 200
 
 
 SERVE_AND_LOOK = """
