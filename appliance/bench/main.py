@@ -134,6 +134,7 @@ def _job(arguments: argparse.Namespace) -> Job:
         prefix_tokens=arguments.prefix_len,
         timeout_seconds=arguments.timeout,
         limit_seconds=arguments.max_seconds,
+        keep_alive=not arguments.no_keep_alive,
     )
 
 

@@ -30,6 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     load.add_argument("--max-seconds", type=_seconds, default=300.0, metavar="S", help="bound of one level (%(default)s)")
     load.add_argument("--timeout", type=_seconds, default=300.0, metavar="S", help="bound of one request (%(default)s)")
     load.add_argument("--warmup", type=int, default=1, metavar="N", help="requests before the first level, not counted (%(default)s)")
+    load.add_argument("--no-keep-alive", action="store_true", help="a connection for each request, for servers that drop idle ones without a word")
     load.add_argument("--processes", type=_count, default=1, metavar="N", help="client processes, so that the client is not the limit (%(default)s)")
     work = parser.add_argument_group("work")
     work.add_argument("--input-len", default="128", metavar="N|LOW:HIGH", help="prompt tokens (%(default)s)")

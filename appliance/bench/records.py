@@ -30,6 +30,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, tag="job"):
     prefix_tokens: int
     timeout_seconds: float  # of one request
     limit_seconds: float  # of the whole job: past it nothing starts and what is open is given up
+    keep_alive: bool = True  # False: a connection for each request, for servers that drop idle ones without a word
 
 
 class Outcome(msgspec.Struct, array_like=True):

@@ -53,6 +53,8 @@ async def run_job(job: Job, bodies: list[bytes], on_progress: Callable[[int], No
                 due = job.plans[i].offset_seconds
                 outcome.lag_seconds = 0.0 if due is None else max(0.0, outcome.started_at - started - due)
                 finished += 1
+                if not job.keep_alive:
+                    connection.close()
         finally:
             connection.close()
 

@@ -9,8 +9,9 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from appliance.bench.records import Outcome
+from appliance.bench.records import Job, Outcome, RequestPlan
 from appliance.bench.sse_client import SseConnection
+from appliance.bench.worker import run_job
 
 Reply = Callable[[asyncio.StreamWriter], Awaitable[None]]
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -193,3 +194,22 @@ async def test_no_server_is_a_failure() -> None:
     await SseConnection(url, {}).request(b"{}", outcome, 2.0)
     assert outcome.error is not None
     assert outcome.error.startswith("connection: ")
+
+
+@pytest.mark.parametrize(("keep_alive", "num_connections"), [(True, 1), (False, 3)])
+async def test_connections_are_kept_or_opened_for_each_request(keep_alive: bool, num_connections: int) -> None:
+    """One connection serves a lane's requests, unless each is asked to have its own."""
+    peers = set()
+
+    async def reply(writer: asyncio.StreamWriter) -> None:
+        peers.add(writer.get_extra_info("peername"))
+        writer.write(OK + chunked(sse(text("a"), USAGE, "[DONE]"), 1000))
+
+    async with server(reply) as url:
+        job = Job(
+            url=url, headers={}, body=b"", chat=False, text_prompts=False, plans=[RequestPlan(i, 1, 1) for i in range(3)], concurrency=1, seed=0,
+            min_token_id=0, max_token_id=1, prefix_tokens=0, timeout_seconds=10.0, limit_seconds=10.0, keep_alive=keep_alive,
+        )  # fmt: skip
+        outcomes = await run_job(job, [b"{}"] * 3, lambda _: None)
+    assert [outcome.error for outcome in outcomes] == [None] * 3
+    assert len(peers) == num_connections
