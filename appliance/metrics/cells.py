@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from appliance.events import LedgerState
+from appliance.metrics.goodput import GENERATION_ENDPOINTS
 from appliance.metrics.instruments import Instruments
 from appliance.metrics.labels import DIRECTIONS, EVENT_KINDS, OUTCOMES, PHASES, REJECTIONS
 
@@ -25,10 +26,10 @@ class Cells:
         self.preemptions = cell("appliance_preemptions_total")
         self.aborts = cell("appliance_aborts_total")
         self.surplus = cell("appliance_surplus_tokens_total")
-        self.ttft = histogram("appliance_time_to_first_token_seconds")
+        self.ttft = {endpoint: histogram("appliance_time_to_first_token_seconds", endpoint) for endpoint in sorted(GENERATION_ENDPOINTS)}
         self.itl = histogram("appliance_inter_token_latency_seconds")
-        self.tpot = histogram("appliance_time_per_output_token_seconds")
-        self.duration = histogram("appliance_request_duration_seconds")
+        self.tpot = {endpoint: histogram("appliance_time_per_output_token_seconds", endpoint) for endpoint in sorted(GENERATION_ENDPOINTS)}
+        self.duration = {endpoint: histogram("appliance_request_duration_seconds", endpoint) for endpoint in sorted(GENERATION_ENDPOINTS)}
         self.queue_seconds = histogram("appliance_request_queue_seconds")
         self.prefill_seconds = histogram("appliance_request_prefill_seconds")
         self.decode_seconds = histogram("appliance_request_decode_seconds")

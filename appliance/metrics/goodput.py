@@ -8,7 +8,8 @@ from appliance.errors import DeadlineExceeded
 from appliance.events import LedgerState, RequestRecord
 from appliance.settings import SloSettings
 
-GENERATION_ENDPOINTS = frozenset({"/v1/chat/completions", "/v1/completions"})
+CHAT = "/v1/chat/completions"
+GENERATION_ENDPOINTS = frozenset({CHAT, "/v1/completions"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ thread (the event loop's).
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client import Metric as Family
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -67,33 +67,48 @@ def _edge(value: float) -> str:
 
 
 class Instruments(Collector):
-    """The cells of every metric in a catalogue. Unlabelled ones exist from the start; labelled ones from their first use."""
+    """The cells and histograms of every metric in a catalogue. Unlabelled ones exist from the start; labelled ones from their first use."""
 
-    def __init__(self, catalogue: Iterable[Metric], slo: Slo) -> None:
+    def __init__(self, catalogue: Iterable[Metric], slo: Slo, more_edges: Mapping[str, Iterable[float]] | None = None) -> None:
+        """`more_edges`: by name, edges that a histogram gets beside its own and the SLO's."""
         self._metrics = {metric.name: metric for metric in catalogue}
-        self._edges = {name: metric.edges(slo) for name, metric in self._metrics.items() if metric.kind == "histogram"}
-        self._histograms = {name: Histogram(edges) for name, edges in self._edges.items()}
+        more = more_edges or {}
+        self._edges = {name: metric.edges(slo, more.get(name, ())) for name, metric in self._metrics.items() if metric.kind == "histogram"}
+        self._histograms: dict[str, dict[tuple[str, ...], Histogram]] = {
+            name: {} if self._metrics[name].labels else {(): Histogram(edges)} for name, edges in self._edges.items()
+        }
         self._cells: dict[str, dict[tuple[str, ...], Cell]] = {
             name: {} if metric.labels else {(): Cell()} for name, metric in self._metrics.items() if metric.kind != "histogram"
         }
         self.before_collect: list[Callable[[], None]] = []  # each sets the gauges that are only known now
 
-    def histogram(self, name: str) -> Histogram:
-        """The histogram `name`. KeyError where the catalogue has none."""
-        return self._histograms[name]
+    def histogram(self, name: str, *labels: str) -> Histogram:
+        """The histogram `name` with these label values, made at first use. KeyError where the catalogue has none."""
+        histograms = self._histograms[name]
+        if (histogram := histograms.get(labels)) is None:
+            self._check(name, labels)
+            histogram = histograms[labels] = Histogram(self._edges[name])
+        return histogram
 
     def cell(self, name: str, *labels: str) -> Cell:
         """The counter or gauge `name` with these label values, made at first use. KeyError where the catalogue has none."""
         cells = self._cells[name]
         if (cell := cells.get(labels)) is None:
-            if len(labels) != len(self._metrics[name].labels):
-                raise ValueError(f"{name} has labels {self._metrics[name].labels}, got {labels}")
+            self._check(name, labels)
             cell = cells[labels] = Cell()
         return cell
 
     def total(self, name: str, matching: Callable[[tuple[str, ...]], bool] = lambda _: True) -> float:
         """Sum of the counter or gauge `name` over the label values that match."""
         return sum(cell.value for labels, cell in self._cells[name].items() if matching(labels))
+
+    def cells(self, name: str) -> Mapping[tuple[str, ...], Cell]:
+        """Every cell of the counter or gauge `name` by its label values."""
+        return self._cells[name]
+
+    def histograms(self, name: str) -> Mapping[tuple[str, ...], Histogram]:
+        """Every histogram `name` by its label values."""
+        return self._histograms[name]
 
     def forget(self, name: str) -> None:
         """Drop the labelled cells of `name`: what it described is gone (or not known now)."""
@@ -109,18 +124,22 @@ class Instruments(Collector):
         for name, metric in self._metrics.items():
             family = _family(metric)
             if isinstance(family, HistogramMetricFamily):
-                histogram = self._histograms[name]
-                family.add_metric([], histogram.buckets(), histogram.sum)
+                for labels, histogram in self._histograms[name].items():
+                    family.add_metric(list(labels), histogram.buckets(), histogram.sum)
             else:
                 for labels, cell in self._cells[name].items():
                     family.add_metric(list(labels), cell.value)
             yield family
+
+    def _check(self, name: str, labels: tuple[str, ...]) -> None:
+        if len(labels) != len(self._metrics[name].labels):
+            raise ValueError(f"{name} has labels {self._metrics[name].labels}, got {labels}")
 
 
 def _family(metric: Metric) -> CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily:
     # OpenMetrics wants the unit to end the name, before _total
     unit = metric.unit if metric.name.removesuffix("_total").endswith("_" + metric.unit) else ""
     if metric.kind == "histogram":
-        return HistogramMetricFamily(metric.name, metric.help, labels=(), unit=unit)
+        return HistogramMetricFamily(metric.name, metric.help, labels=metric.labels, unit=unit)
     kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
     return kind(metric.name, metric.help, labels=metric.labels, unit=unit)

@@ -11,7 +11,7 @@ from appliance.clock import Clock
 from appliance.events import EngineEvent, RequestRecord, Snapshot, StepStats, StoreStats
 from appliance.metrics.catalogue import CATALOGUE, Metric
 from appliance.metrics.cells import Cells
-from appliance.metrics.goodput import GENERATION_ENDPOINTS, Slo, expired_in_queue, judge
+from appliance.metrics.goodput import CHAT, GENERATION_ENDPOINTS, Slo, expired_in_queue, judge
 from appliance.metrics.hardware import HardwareReading
 from appliance.metrics.instruments import Instruments
 from appliance.metrics.labels import (
@@ -162,10 +162,14 @@ class Recorder:
         if code in SHED and self.engine_state == "ready":  # a restart fills the queue too, and is no want of replicas
             self._history.on_shed(now)
 
-    def on_first_token(self, seconds: float) -> None:
+    def on_first_token(self, seconds: float, endpoint: str = CHAT, request_id: str = "") -> None:
         """The first token of a request is on its way, `seconds` after receipt."""
         now = self.clock.monotonic()
-        self._cells.ttft.observe(seconds)
+        histogram = self._cells.ttft[endpoint if endpoint in GENERATION_ENDPOINTS else CHAT]
+        if request_id:
+            histogram.observe_with(seconds, request_id, self.clock.wall())
+        else:
+            histogram.observe(seconds)
         self._cells.output_tokens.value += 1
         self._history.on_output(now, 1)
         self._history.on_ttft(now, seconds, seconds <= self.slo.ttft_seconds)
@@ -286,7 +290,7 @@ class Recorder:
         wall = self.clock.wall()
         states = record.states
         if record.status < 400:
-            self._cells.duration.observe_with(record.duration_seconds, record.id, wall)
+            self._cells.duration[record.endpoint].observe_with(record.duration_seconds, record.id, wall)
         if record.num_prompt_tokens:
             self._cells.request_prompt.observe(record.num_prompt_tokens)
         if record.num_generated_tokens:
@@ -296,7 +300,7 @@ class Recorder:
         if record.num_generated_tokens > 1:
             self._cells.decode_seconds.observe_with(states.get("decode", 0.0), record.id, wall)
         if record.tpot_seconds is not None:
-            self._cells.tpot.observe_with(record.tpot_seconds, record.id, wall)
+            self._cells.tpot[record.endpoint].observe_with(record.tpot_seconds, record.id, wall)
 
     def _set_constants(self, version: str, model: str, instance_id: str, fleet: str) -> None:
         cell = self.instruments.cell

@@ -12,12 +12,14 @@ _TITLES = {
     "requests": "Requests",
     "tokens": "Tokens",
     "slo": "SLO",
+    "keys": "API keys",
     "kv": "KV cache",
     "engine": "Engine",
     "scaling": "Scaling",
     "store": "SQL writer",
     "host": "Processes and host",
     "gpu": "GPU",
+    "energy": "Energy",
 }
 _HEAD = """# Metrics
 
