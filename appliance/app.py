@@ -43,11 +43,12 @@ from appliance.scaling.policy import Policy, PolicyConfig
 from appliance.scaling.webhook import Courier, Signer, check_endpoints
 from appliance.settings import Settings
 from appliance.state_folder import StateFolder
-from appliance.store import queries
+from appliance.store import retention
 from appliance.store.database import Database, database_url
 from appliance.store.outbox import Outbox
 from appliance.store.writer import StoreWriter
 from appliance.text.load import load_text
+from appliance.tracing import open_tracing
 
 _log = logging.getLogger(__name__)
 _JOB_GRACE_SECONDS = 60  # APScheduler drops a job that is over a second late, unless told otherwise
@@ -159,6 +160,8 @@ class Appliance:
         hardware.start()
         stack.callback(hardware.stop)
         loop = await self._scaling(stack, policy, endpoints, database)
+        tracing = open_tracing(settings.instance_id, settings.fleet, __version__)
+        stack.push_async_callback(asyncio.to_thread, tracing.close)
         services = Services(
             settings=settings,
             engine=self.engine,
@@ -170,6 +173,7 @@ class Appliance:
             observer=self.recorder,
             metrics_text=self.recorder.exposition,
             on_record=writer.put_request if writer is not None else lambda _: None,
+            tracing=tracing,
         )
         app = create_app(services)
         if loop is not None:
@@ -238,7 +242,7 @@ class Appliance:
             async def purge() -> None:
                 before = self.clock.wall() - self.settings.store.retention_days * _DAY_SECONDS
                 with contextlib.suppress(SQLAlchemyError, OSError):  # the database is away: the next hour's run takes these rows too
-                    await queries.purge(database, before_wall=before)
+                    await retention.purge(database, before_wall=before)
 
             scheduler.add_job(sample, "interval", seconds=self.settings.metrics.sample_seconds)
             scheduler.add_job(purge, "interval", hours=1)

@@ -1,4 +1,7 @@
-"""Logs on standard error: one line an event, for people on a terminal and as JSON elsewhere. No text of a user reaches them."""
+"""Logs on standard error: one line an event, for people on a terminal and as JSON elsewhere. One line a request.
+
+No text of a user reaches them, unless log.prompts asks for it.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,13 @@ import sys
 import time
 from typing import Any, TextIO
 
+from appliance.events import RequestRecord
 from appliance.settings import LogSettings
+from appliance.tracing import TraceContext
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+_requests = logging.getLogger("appliance.requests")
+_MAX_TEXT = 20_000  # characters of one prompt or output in a line
 _QUIET = {"apscheduler": logging.WARNING, "aiohttp.access": logging.WARNING, "alembic": logging.WARNING, "asyncio": logging.WARNING}
 
 
@@ -64,6 +71,78 @@ def configure_logs(settings: LogSettings, stream: TextIO | None = None) -> None:
     for name, level in _QUIET.items():
         logging.getLogger(name).setLevel(max(level, root.level))
     logging.getLogger("aiohttp.server").filters[:] = [_NoHeaders()]
+
+
+class Texts:
+    """What a request said and what it got back, for its line; kept only where log.prompts asks for it."""
+
+    __slots__ = ("_outputs", "prompts")
+
+    def __init__(self) -> None:
+        self.prompts: list[str] = []
+        self._outputs: dict[int, list[str]] = {}  # by choice
+
+    def add(self, choice: int, text: str) -> None:
+        """A choice gained `text`."""
+        self._outputs.setdefault(choice, []).append(text)
+
+    @property
+    def outputs(self) -> list[str]:
+        """The text of every choice so far."""
+        return ["".join(parts) for _, parts in sorted(self._outputs.items())]
+
+
+def log_request(record: RequestRecord, trace: TraceContext | None = None, texts: Texts | None = None) -> None:
+    """The one line of a finished generation request. What is not known is left out."""
+    if not _requests.isEnabledFor(logging.INFO):
+        return
+    fields: dict[str, Any] = {
+        "request_id": record.id,
+        "client_request_id": record.client_request_id,
+        "trace_id": None if trace is None else trace.trace_id,
+        "span_id": None if trace is None else trace.span_id,
+        "key_id": record.key_id or None,
+        "model": record.model,
+        "endpoint": record.endpoint,
+        "stream": record.stream,
+        "status": record.status,
+        "finish_reason": record.finish_reason,
+        "error_code": record.error_code,
+        "num_choices": record.num_choices if record.num_choices != 1 else None,
+        "num_prompt_tokens": record.num_prompt_tokens,
+        "num_cached_tokens": record.num_cached_tokens,
+        "num_generated_tokens": record.num_generated_tokens,
+        "num_written_tokens": record.num_written_tokens,
+        "ttft_seconds": _rounded(record.ttft_seconds),
+        "tpot_seconds": _rounded(record.tpot_seconds),
+        "duration_seconds": _rounded(record.duration_seconds),
+        "num_preemptions": record.num_preemptions or None,
+        "num_engine_restarts": record.num_engine_restarts or None,
+        "joules": _rounded(record.joules),
+    }
+    if texts is not None:
+        fields |= {"prompts": [_cut(text) for text in texts.prompts], "outputs": [_cut(text) for text in texts.outputs]}
+    end = record.error_code or record.finish_reason or "done"
+    extra = {name: value for name, value in fields.items() if value is not None}
+    _requests.info("%s %d %s", record.endpoint, record.status, end, extra=extra)
+
+
+def log_other_request(request_id: str, method: str, path: str, status: int, duration_seconds: float, *, key_id: str, expected: bool) -> None:
+    """The line of a request that generates nothing, or was turned away at the door; at debug where it is `expected` (scrapes, probes)."""
+    level = logging.DEBUG if expected else logging.INFO
+    if not _requests.isEnabledFor(level):
+        return
+    fields = {"request_id": request_id, "key_id": key_id or None, "status": status, "duration_seconds": _rounded(duration_seconds)}
+    extra = {name: value for name, value in fields.items() if value is not None}
+    _requests.log(level, "%s %s %d", method, path, status, extra=extra)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}... ({len(text)} characters)"
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 6)
 
 
 def _extra(record: logging.LogRecord) -> dict[str, Any]:

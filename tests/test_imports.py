@@ -22,9 +22,11 @@ ALLOWED: dict[str, set[str]] = {
     "settings": set(),
     "kernels": set(),
     "state_folder": BASE,
-    "logs": BASE,
+    "logs": BASE | {"tracing"},
     "model_files": BASE,
     "settings_reference": BASE,
+    "tracing": BASE | {"otel"},  # where it is switched on
+    "otel": BASE | {"tracing"},
     "webhook_urls": BASE | {"settings_reference"},
     "configuration_checks": BASE | {"settings_reference", "webhook_urls"},
     "configuration": BASE | {"settings_reference", "configuration_checks", "webhook_urls"},
@@ -35,8 +37,10 @@ ALLOWED: dict[str, set[str]] = {
     "store": BASE,
     "bench": BASE,
     "scaling": BASE | {"metrics", "store", "webhook_urls"},
-    "api": BASE | ENGINE_DOOR | {"text", "metrics"},
+    "api": BASE | ENGINE_DOOR | {"text", "metrics", "logs", "tracing"},
     "console": BASE | {"store", "metrics"},
+    "top": BASE,
+    "report": BASE | {"store"},
     "cli": BASE | {"commands", "bench"},
 }
 EVERYTHING = {"app", "commands"}

@@ -10,6 +10,7 @@ from appliance.engine.client import Generation
 from appliance.engine.wire import SequenceEvent
 from appliance.errors import ApplianceError
 from appliance.events import LedgerState, RequestRecord
+from appliance.logs import Texts
 from appliance.metrics.ledger import Ledger
 
 _SERVER = 0  # the ledger's lane for what the server does itself; choice i has lane i + 1
@@ -66,6 +67,7 @@ class Exchange:
         "received_wall",
         "seed",
         "stream",
+        "texts",
     )
 
     def __init__(self, services: Services, *, request_id: str, client_request_id: str | None, endpoint: str, received_at: float) -> None:
@@ -75,7 +77,8 @@ class Exchange:
         self.endpoint = endpoint
         self.received_at = received_at
         self.received_wall = services.clock.wall()
-        self.ledger = Ledger(services.clock, received_at)
+        self.ledger = Ledger(services.clock, received_at, keep_intervals=services.tracing.on)
+        self.texts = Texts() if services.settings.log.prompts else None
         self.model = services.model_name
         self.key_id = ""
         self.stream = False

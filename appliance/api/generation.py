@@ -15,6 +15,7 @@ from appliance.engine.client import Delta, Generation
 from appliance.engine.wire import TokenLogprobs
 from appliance.errors import ApplianceError, DeadlineExceeded, EngineFailed, Unavailable
 from appliance.text.detokenizer import Detokenizer
+from appliance.text.tokenizer import decode
 
 LEAST_LOGPROB = -9999.0  # JSON has no -inf
 
@@ -76,6 +77,9 @@ class Choices:
             stop_ids = frozenset(request.sampling.stop_token_ids)
             self._running.append(_Choice(progress, generation, detokenizer, stop_ids, plan))
         services.observer.on_admitted(plan.num_prompt_tokens, sum(request.sampling.max_tokens for request in plan.requests))
+        if self._exchange.texts is not None:
+            prompts = {id(request.prompt_ids): request.prompt_ids for request in plan.requests}  # choices of one prompt share its list
+            self._exchange.texts.prompts += [decode(services.text.tokenizer, ids, skip_special=False) for ids in prompts.values()]
         listener = self.advance
         for choice in self._running:
             choice.generation.listen(listener, every_token=plan.stream or bool(plan.stop))
@@ -121,6 +125,8 @@ class Choices:
                 exchange.choice_ended(choice.index)
                 if exchange.finish_reason is None or choice.index == 0:
                     exchange.finish_reason = piece.finish_reason
+            if exchange.texts is not None:
+                exchange.texts.add(choice.index, piece.text)
             pieces.append(piece)
         if not pieces:
             return

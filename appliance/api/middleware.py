@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from appliance.api.context import EXCHANGE, KEY_ID, REQUEST_ID, SERVICES
+from appliance.api.context import EXCHANGE, KEY_ID, REQUEST_ID, SERVICES, TRACE
 from appliance.api.error_reply import error_response
 from appliance.api.exchange import Exchange
 from appliance.api.request_id import clean_client_id, mint_request_id
@@ -23,11 +23,14 @@ from appliance.errors import (
     PayloadTooLarge,
     Unavailable,
 )
+from appliance.logs import log_other_request, log_request
 
 logger = logging.getLogger(__name__)
+_CLIENT_GONE = ClientGone.status
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 OPEN_ROUTES = frozenset({"/health", "/ready"})
+QUIET_ROUTES = OPEN_ROUTES | {"/metrics"}  # asked every few seconds, by probes and scrapers
 GENERATION_ROUTES = frozenset({"/v1/chat/completions", "/v1/completions"})
 
 
@@ -42,15 +45,25 @@ async def serve(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         request[KEY_ID] = _authenticate(services, request)
     except ApplianceError as error:
+        _log_other(services, request, request_id, error.status, received_at)
         return error_response(error)
     if _route(request) not in GENERATION_ROUTES or request.method != "POST":
+        status = _CLIENT_GONE
         try:
-            return await _answer(request, handler)
+            plain = await _answer(request, handler)
+            status = plain.status
+            return plain
         except (ConnectionError, ClientGone):
             return _hang_up(request)
+        finally:
+            _log_other(services, request, request_id, status, received_at)
     exchange = Exchange(services, request_id=request_id, client_request_id=client_id, endpoint=request.path, received_at=received_at)
     exchange.key_id = request[KEY_ID]
     request[EXCHANGE] = exchange
+    headers = request.headers
+    trace = request[TRACE] = services.tracing.begin(
+        headers.getall("traceparent", ()), headers.getall("tracestate", ()), request_id, received_at, exchange.received_wall
+    )
     services.observer.on_received(exchange.endpoint)
     services.drain.enter()
     status = 500
@@ -69,13 +82,17 @@ async def serve(request: web.Request, handler: Handler) -> web.StreamResponse:
         exchange.error = _why_cut(request, error)
         return _hang_up(request)
     finally:
-        exchange.close(status)
+        record = exchange.close(status)
         services.drain.leave()
+        trace.end(record, exchange.ledger.intervals)
+        log_request(record, trace.context, exchange.texts)
 
 
 async def add_request_id(request: web.Request, response: web.StreamResponse) -> None:
-    """Signal before headers go out: the echo of X-Request-Id, and the end of the connection while draining."""
+    """Signal before headers go out: the echo of X-Request-Id, our place in the trace, and the end of the connection while draining."""
     response.headers["X-Request-Id"] = request.get(REQUEST_ID, "")
+    if (trace := request.get(TRACE)) is not None and trace.context is not None:
+        response.headers["traceresponse"] = trace.context.header
     if request.app[SERVICES].drain.draining:
         response.force_close()
         response.headers["Connection"] = "close"  # aiohttp wrote its own before this signal
@@ -104,6 +121,16 @@ async def _answer(request: web.Request, handler: Handler, exchange: Exchange | N
     if isinstance(error, MethodNotAllowed) and (allowed := error.__cause__) is not None:
         response.headers["Allow"] = getattr(allowed, "headers", {}).get("Allow", "")
     return response
+
+
+def _log_other(services: Services, request: web.Request, request_id: str, status: int, received_at: float) -> None:
+    """The line of a request that has no ledger. The path as the router knows it, or cut: a stranger chose it."""
+    route = _route(request)
+    expected = route in QUIET_ROUTES or (route is not None and status < 400)
+    seconds = services.clock.monotonic() - received_at
+    log_other_request(
+        request_id, request.method, route or request.rel_url.raw_path[:128], status, seconds, key_id=request.get(KEY_ID, ""), expected=expected
+    )
 
 
 def _authenticate(services: Services, request: web.Request) -> str:

@@ -13,6 +13,7 @@ from appliance.engine.client import EngineClient
 from appliance.events import RequestRecord
 from appliance.settings import Settings
 from appliance.text.load import TextModel
+from appliance.tracing import NO_TRACING, Tracing
 
 
 class ApiObserver(Protocol):
@@ -78,3 +79,4 @@ class Services:
     observer: ApiObserver
     metrics_text: Callable[[str], tuple[bytes, str]]
     on_record: Callable[[RequestRecord], None]
+    tracing: Tracing = NO_TRACING

@@ -26,10 +26,11 @@ class Ledger:
     Time is kept in whole nanoseconds, so the parts sum to the duration without a rest.
     """
 
-    __slots__ = ("_choices", "_clock", "_closed", "_current", "_pending", "_settled_at", "_spent", "_start")
+    __slots__ = ("_choices", "_clock", "_closed", "_current", "_intervals", "_pending", "_settled_at", "_spent", "_start")
 
-    def __init__(self, clock: Clock, received_at: float) -> None:
+    def __init__(self, clock: Clock, received_at: float, *, keep_intervals: bool = False) -> None:
         self._clock = clock
+        self._intervals: list[list[int]] | None = [] if keep_intervals else None  # [rank, from, to], for `intervals`
         self._start = self._settled_at = _nanoseconds(received_at)
         self._spent = [0] * len(_STATES)  # nanoseconds by rank, up to _settled_at
         self._choices = {0: _RANK[LedgerState.RECEIVED]}  # choice -> rank, at _settled_at
@@ -56,8 +57,7 @@ class Ledger:
                 end = self._settled_at
             self._pending.sort(key=lambda change: change[0])
             self._sweep([change for change in self._pending if change[0] <= end])
-            self._spent[self._current] += end - self._settled_at
-            self._settled_at = end
+            self._spend(end)
             self._pending.clear()
             self._closed = {state.value: self._spent[rank] / 1e9 for rank, state in enumerate(_STATES)}
         return dict(self._closed)
@@ -77,6 +77,11 @@ class Ledger:
             current = _first(choices, current)
         return _STATES[current]
 
+    @property
+    def intervals(self) -> list[tuple[str, float, float]]:
+        """Each state with the times at which it began and ended, in order, without gaps up to the newest settled change. Empty unless kept."""
+        return [(_STATES[rank].value, began / 1e9, ended / 1e9) for rank, began, ended in self._intervals or ()]
+
     def _change(self, rank: int, at: float | None, choice: int) -> None:
         if self._closed is not None:
             return
@@ -89,14 +94,22 @@ class Ledger:
 
     def _sweep(self, changes: list[tuple[int, int, int]]) -> None:
         """Account for `changes`, sorted by time."""
-        spent, choices, current, settled_at = self._spent, self._choices, self._current, self._settled_at
+        choices = self._choices
         for at, choice, rank in changes:
-            if at > settled_at:
-                spent[current] += at - settled_at
-                settled_at = at
+            if at > self._settled_at:
+                self._spend(at)
             choices[choice] = rank
-            current = _first(choices, current)
-        self._current, self._settled_at = current, settled_at
+            self._current = _first(choices, self._current)
+
+    def _spend(self, until: int) -> None:
+        """The time up to `until` went to the current state."""
+        self._spent[self._current] += until - self._settled_at
+        if self._intervals is not None and until > self._settled_at:
+            if self._intervals and self._intervals[-1][0] == self._current:
+                self._intervals[-1][2] = until
+            else:
+                self._intervals.append([self._current, self._settled_at, until])
+        self._settled_at = until
 
 
 def _first(choices: dict[int, int], current: int) -> int:

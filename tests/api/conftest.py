@@ -22,6 +22,7 @@ from appliance.settings import Settings
 from appliance.text.chat_template import ChatTemplate
 from appliance.text.load import TextModel
 from appliance.text.tokenizer import ByteTokenizer
+from appliance.tracing import NO_TRACING, Tracing
 
 EOS = 0
 READY = Ready(
@@ -240,8 +241,14 @@ async def start_server() -> AsyncIterator[StartServer]:
     runners: list[web.AppRunner] = []
     sessions: list[ClientSession] = []
 
-    async def start(keys: dict[str, str] | None = None, text: TextModel | None = None, **server: Any) -> Server:
-        settings = Settings.model_validate({"state_dir": "/nonexistent", "server": server})
+    async def start(
+        keys: dict[str, str] | None = None,
+        text: TextModel | None = None,
+        tracing: Tracing = NO_TRACING,
+        log: dict[str, Any] | None = None,
+        **server: Any,
+    ) -> Server:
+        settings = Settings.model_validate({"state_dir": "/nonexistent", "server": server, "log": log or {}})
         records: list[RequestRecord] = []
         services = Services(
             settings=settings,
@@ -254,6 +261,7 @@ async def start_server() -> AsyncIterator[StartServer]:
             observer=Observer(),
             metrics_text=lambda _: (b"appliance_up 1\n", "text/plain; version=0.0.4; charset=utf-8"),
             on_record=records.append,
+            tracing=tracing,
         )
         runner = web.AppRunner(create_app(services), handler_cancellation=True, access_log=None)
         await runner.setup()
