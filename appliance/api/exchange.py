@@ -143,6 +143,8 @@ class Exchange:
         if self._ttft is None:
             self._ttft = max(0.0, times[0] - self.received_at)
             self._services.observer.on_first_token(self._ttft)
+        else:
+            self._services.observer.on_other_first_token()
 
     def detokenized(self, seconds: float) -> None:
         """Of the time since the newest token, which counts as decoding, the server has spent `seconds` on text and its writing.

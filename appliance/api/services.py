@@ -31,6 +31,9 @@ class ApiObserver(Protocol):
     def on_first_token(self, seconds: float) -> None:
         """The first token of a request came `seconds` after its receipt."""
 
+    def on_other_first_token(self) -> None:
+        """The first token of another choice of a request came."""
+
     def on_request(self, record: RequestRecord) -> None:
         """A request ended, whatever its end."""
 

@@ -174,6 +174,11 @@ class Recorder:
         self._history.on_output(now, 1)
         self._history.on_ttft(now, seconds, seconds <= self.slo.ttft_seconds)
 
+    def on_other_first_token(self) -> None:
+        """The first token of a further choice of a request: like the first of all it follows no gap, and is counted as it comes."""
+        self._cells.output_tokens.value += 1
+        self._history.on_output(self.clock.monotonic(), 1)
+
     def on_request(self, record: RequestRecord) -> None:
         """A request finished, whatever its end. Call it once for each, refused ones included."""
         reason = bounded(record.finish_reason, FINISH_REASONS) if record.finish_reason else "none"
@@ -182,10 +187,6 @@ class Recorder:
         self._cells.cached_tokens.value += record.num_cached_tokens
         self._cells.generated_tokens.value += record.num_generated_tokens
         self._cells.written_tokens.value += record.num_written_tokens
-        # Each choice's first token follows no gap, and `on_first_token` told of the request's first alone. A choice cannot end without a token, so
-        # this is exact for what finished; where a client left, a choice counts as begun if there was a token for it.
-        num_other_firsts = max(0, min(record.num_choices, record.num_generated_tokens) - 1)
-        self._cells.output_tokens.value += num_other_firsts
         for state, seconds in record.states.items():
             self._cells.states[state].value += seconds
         if record.endpoint in GENERATION_ENDPOINTS:
@@ -197,7 +198,6 @@ class Recorder:
                 judged.value += 1
                 kept.value += good
         now = self.clock.monotonic()
-        self._history.on_output(now, num_other_firsts)
         if expired_in_queue(record):
             self._history.on_shed(now)
         self._history.on_request(now, error=record.status >= 500, good=judgement.both, tpot_seconds=record.tpot_seconds, good_tpot=judgement.tpot)

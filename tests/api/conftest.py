@@ -173,6 +173,9 @@ class Observer:
     def on_first_token(self, seconds: float) -> None:
         self.calls.append(("first_token",))
 
+    def on_other_first_token(self) -> None:
+        self.calls.append(("other_first_token",))
+
     def on_request(self, record: RequestRecord) -> None:
         self.records.append(record)
 

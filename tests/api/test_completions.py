@@ -1,5 +1,8 @@
 """POST /v1/completions."""
 
+import asyncio
+from typing import Any
+
 import pytest
 
 COMPLETIONS = "/v1/completions"
@@ -87,3 +90,19 @@ async def test_best_of_equal_to_n_is_served(server):
     """best_of that asks for no more than n is the same request."""
     status, body, _ = await server.post(COMPLETIONS, {"prompt": "hi", "best_of": 2, "n": 2})
     assert (status, len(body["choices"])) == (200, 2)
+
+
+async def test_each_choices_first_token_is_reported_as_it_comes(server: Any) -> None:
+    """Live counts of tokens need every choice's first one at once: no gap goes before it, and the record comes only with the end."""
+    server.engine.script = None
+    asking = asyncio.create_task(server.post("/v1/completions", {"prompt": "a", "n": 3, "max_tokens": 9}))
+    generations = [await server.generation(index) for index in range(3)]
+    generations[1].put([65])
+    generations[0].put([65, 66])
+    await server.until(lambda: [call[0] for call in server.observer.calls].count("other_first_token") == 1)
+    assert [call[0] for call in server.observer.calls].count("first_token") == 1
+    assert not server.records
+    for generation in generations:
+        generation.put([67], finish="length")
+    await asking
+    assert [call[0] for call in server.observer.calls].count("other_first_token") == 2

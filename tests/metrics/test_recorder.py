@@ -85,7 +85,10 @@ def test_a_request_is_counted_once_everywhere(recorder: Recorder, make_record: M
 def test_output_tokens_are_those_that_were_delivered(recorder: Recorder, make_record: MakeRecord) -> None:
     """Each choice has a first token, which no gap precedes: of 5, 5 and 1 tokens of three choices none is forgotten, and to 4 of one none added."""
     recorder.on_first_token(0.2)
+    recorder.on_other_first_token()
     recorder.on_gaps([(0.01, 2)] * 4)
+    recorder.on_other_first_token()
+    assert _value(recorder, "output_tokens_total") == 11, "counted as they come, not when the request ends"
     recorder.on_request(make_record(num_choices=3, num_generated_tokens=11))
     assert _value(recorder, "output_tokens_total") == 11
     recorder.on_first_token(0.2)
