@@ -5,7 +5,7 @@ batch alone leaves the chip empty (Flash-Decoding, Dao et al. 2023). The G query
 are read once. Twin: reference.attention.
 
 A program reads tiles of BLOCK_N keys through the block table; a (block, KV head) pair is one contiguous run of block_size * D values. Bound by
-memory: 4 * context * Hkv * D bytes a sequence in bf16.
+memory: 4 * context * Hkv * D bytes a sequence in bf16, half of it in fp8, where each key's scale multiplies its scores and each value's its weight.
 """
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 # ruff: noqa: N803, SIM102 - constants of a kernel are upper case; a branch on one, chosen in compilation, stands alone
@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from appliance.kernels.kv_cache import FP8
 from appliance.kernels.launch import NUM_COUNTERS, arrival_counters, cdiv, dependent_launch, next_power_of_2, num_multiprocessors
 from appliance.kernels.ops import AttentionBatch
 
@@ -35,12 +36,19 @@ class DecodeConfig:
     num_stages: int
 
 
+@triton.jit
+def power_of_two(scale_bytes):
+    """2^b of an fp8 cache's scale bytes, loaded as the e4m3 that they are not."""
+    return ((scale_bytes.to(tl.uint8, bitcast=True).to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["context_lens", "rows", "block_tables"])
 def _paged_decode_kernel(
     out, partial, partial_stats, counters, q, key_cache, value_cache, context_lens, rows, block_tables, table_stride, qk_scale,
     stride_block, stride_head,
     HKV: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr, NUM_SPLITS: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, NUM_SPLITS: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    FP8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: one KV head of one entry, one split of its keys. Scores are kept in base 2: qk_scale = scale * log2(e)."""
     head = tl.program_id(0)
@@ -67,6 +75,10 @@ def _paged_decode_kernel(
     out_at = (entry * (HKV * GROUP) + head * GROUP + g[:, None]) * D + d[None, :]
     g_mask = (g < GROUP)[:, None] & (d < D)[None, :]
     query = tl.load(q + out_at, mask=g_mask, other=0.0)
+    if FP8:
+        if query.dtype.primitive_bitwidth == 16:
+            query = query.to(tl.float16)  # e4m3 widens to float16 in one instruction, to bfloat16 in four
+        qk_scale = qk_scale * 0.00390625  # a scale byte b stands for 2^(b - 8)
     row = tl.load(rows + entry)
     table = block_tables + row.to(tl.int64) * table_stride
     key_head = key_cache + head * stride_head
@@ -87,6 +99,9 @@ def _paged_decode_kernel(
             k = tl.load(key_head + at, mask=(d < D)[None, :], other=0.0)
             v = tl.load(value_head + at, mask=inside[:, None] & (d < D)[None, :], other=0.0)
         scores = tl.dot(query, tl.trans(k.to(query.dtype)), input_precision=PRECISION) * qk_scale
+        if FP8:
+            scale_at = blocks * stride_block + HKV * BLOCK_SIZE * D + head * BLOCK_SIZE + keys % BLOCK_SIZE
+            scores *= power_of_two(tl.load(key_cache + scale_at))[None, :]
         if WINDOW > 0:
             inside = inside & (keys >= context - WINDOW)
         scores = tl.where(inside[None, :], scores, float("-inf"))
@@ -97,9 +112,13 @@ def _paged_decode_kernel(
         p = tl.exp2(scores - base[:, None])
         shrink = tl.exp2(peak - base)
         total = total * shrink + tl.sum(p, axis=1)
+        if FP8:
+            p *= power_of_two(tl.load(value_cache + scale_at, mask=inside, other=0.0))[None, :]
         acc = acc * shrink[:, None] + tl.dot(p.to(query.dtype), v.to(query.dtype), input_precision=PRECISION)
         peak = new_peak
 
+    if FP8:
+        acc *= 0.00390625
     if NUM_SPLITS == 1:
         tl.store(out + out_at, (acc / tl.where(total > 0.0, total, 1.0)[:, None]).to(out.dtype.element_ty), mask=g_mask)
     else:
@@ -191,6 +210,6 @@ def paged_decode(
         batch.block_tables.stride(0), scale * math.log2(math.e), key_cache.stride(0), key_cache.stride(1),
         HKV=num_kv_heads, GROUP=group, BLOCK_G=max(next_power_of_2(group), 16), D=head_dim, BLOCK_D=max(next_power_of_2(head_dim), 16),
         BLOCK_SIZE=block_size, BLOCK_N=config.block_n, NUM_SPLITS=num_splits, WINDOW=sliding_window or 0,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=config.num_warps, num_stages=config.num_stages,
-        **dependent_launch(q.device),
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", FP8=key_cache.dtype == FP8, num_warps=config.num_warps,
+        num_stages=config.num_stages, **dependent_launch(q.device),
     )  # fmt: skip

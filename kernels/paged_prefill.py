@@ -17,8 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from appliance.kernels.kv_cache import FP8
 from appliance.kernels.launch import next_power_of_2
 from appliance.kernels.ops import AttentionBatch
+from appliance.kernels.paged_decode import power_of_two
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +35,9 @@ class PrefillConfig:
 
 @triton.jit
 def _attend(
-    acc, total, peak, query, positions, low, high, context, table, key_head, value_head, qk_scale, stride_block,
+    acc, total, peak, query, positions, low, high, context, table, key_head, value_head, key_scales, value_scales, qk_scale, stride_block,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
-    MASKED: tl.constexpr,
+    FP8: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Fold keys [low, high) into the running softmax. Not MASKED promises that every row sees every key of the range."""
     d = tl.arange(0, BLOCK_D)
@@ -52,6 +54,9 @@ def _attend(
         else:
             k = tl.load(key_head + at, mask=(d < D)[None, :], other=0.0)
         scores = tl.dot(query, tl.trans(k.to(query.dtype)), input_precision=PRECISION)
+        if FP8:
+            scale_at = blocks * stride_block + keys % BLOCK_SIZE
+            scores *= power_of_two(tl.load(key_scales + scale_at))[None, :]
         if MASKED:  # what lies past the context is not ours: a NaN there must not reach the product
             v = tl.load(value_head + at, mask=(keys < context)[:, None] & (d < D)[None, :], other=0.0)
         elif BLOCK_D == D:
@@ -70,6 +75,11 @@ def _attend(
         p = tl.exp2(scores * qk_scale - base[:, None])
         shrink = tl.exp2(peak - base)
         total = total * shrink + tl.sum(p, axis=1)
+        if FP8:
+            if MASKED:
+                p *= power_of_two(tl.load(value_scales + scale_at, mask=keys < context, other=0.0))[None, :]
+            else:
+                p *= power_of_two(tl.load(value_scales + scale_at))[None, :]
         acc = acc * shrink[:, None]
         acc = tl.dot(p.to(query.dtype), v.to(query.dtype), acc, input_precision=PRECISION)
         peak = new_peak
@@ -81,7 +91,7 @@ def _paged_prefill_kernel(
     out, q, key_cache, value_cache, query_start, context_lens, rows, block_tables, table_stride, num_decodes, num_chunks, qk_scale,
     stride_block, stride_head,
     HKV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of one chunk, one KV head.
 
@@ -112,11 +122,17 @@ def _paged_prefill_kernel(
     mask = row_mask[:, None] & (d < D)[None, :]
     at = ((start + token).to(tl.int64) * (HKV * GROUP) + head * GROUP + m % GROUP)[:, None] * D + d[None, :]
     query = tl.load(q + at, mask=mask, other=0.0)
+    if FP8:
+        if query.dtype.primitive_bitwidth == 16:
+            query = query.to(tl.float16)  # e4m3 widens to float16 in one instruction, to bfloat16 in four
+        qk_scale = qk_scale * 0.00390625  # a scale byte b stands for 2^(b - 8)
     context = tl.load(context_lens + entry)
     row = tl.load(rows + entry)
     table = block_tables + row.to(tl.int64) * table_stride
     key_head = key_cache + head * stride_head
     value_head = value_cache + head * stride_head
+    key_scales = key_cache + HKV * BLOCK_SIZE * D + head * BLOCK_SIZE
+    value_scales = value_cache + HKV * BLOCK_SIZE * D + head * BLOCK_SIZE
     positions = context - query_len + token
     first_position = context - query_len + first
     last_position = context - query_len + tl.minimum(first + BLOCK_Q, query_len) - 1
@@ -133,17 +149,19 @@ def _paged_prefill_kernel(
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     if WINDOW > 0:
         acc, total, peak = _attend(
-            acc, total, peak, query, positions, low, tl.minimum(clear, last_position + 1), context, table, key_head, value_head, qk_scale,
-            stride_block, D, BLOCK_D, BLOCK_SIZE, BLOCK_N, WINDOW, PRECISION, True,
+            acc, total, peak, query, positions, low, tl.minimum(clear, last_position + 1), context, table, key_head, value_head,
+            key_scales, value_scales, qk_scale, stride_block, D, BLOCK_D, BLOCK_SIZE, BLOCK_N, WINDOW, PRECISION, FP8, True,
         )  # fmt: skip
     acc, total, peak = _attend(
-        acc, total, peak, query, positions, clear, diagonal, context, table, key_head, value_head, qk_scale,
-        stride_block, D, BLOCK_D, BLOCK_SIZE, BLOCK_N, WINDOW, PRECISION, False,
+        acc, total, peak, query, positions, clear, diagonal, context, table, key_head, value_head,
+        key_scales, value_scales, qk_scale, stride_block, D, BLOCK_D, BLOCK_SIZE, BLOCK_N, WINDOW, PRECISION, FP8, False,
     )  # fmt: skip
     acc, total, peak = _attend(
-        acc, total, peak, query, positions, diagonal, last_position + 1, context, table, key_head, value_head, qk_scale,
-        stride_block, D, BLOCK_D, BLOCK_SIZE, BLOCK_N, WINDOW, PRECISION, True,
+        acc, total, peak, query, positions, diagonal, last_position + 1, context, table, key_head, value_head,
+        key_scales, value_scales, qk_scale, stride_block, D, BLOCK_D, BLOCK_SIZE, BLOCK_N, WINDOW, PRECISION, FP8, True,
     )  # fmt: skip
+    if FP8:
+        acc *= 0.00390625
     result = acc / tl.where(total > 0.0, total, 1.0)[:, None]
     tl.store(out + at, result.to(out.dtype.element_ty), mask=mask)
 
@@ -192,5 +210,5 @@ def paged_prefill(
         batch.num_decodes, num_chunks, scale * math.log2(math.e), key_cache.stride(0), key_cache.stride(1),
         HKV=num_kv_heads, GROUP=group, D=head_dim, BLOCK_D=max(next_power_of_2(head_dim), 16), BLOCK_SIZE=block_size, BLOCK_M=config.block_m,
         BLOCK_Q=block_q, BLOCK_N=config.block_n, WINDOW=sliding_window or 0, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        FP8=key_cache.dtype == FP8, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

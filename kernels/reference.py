@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from appliance.kernels import kv_cache
 from appliance.kernels import ops as k
 from appliance.kernels.gguf_blocks import dequantize
+from appliance.kernels.kv_cache import FP8
 from appliance.kernels.reference_sampling import sample
 
 _GATHER_ELEMENTS: Final = 1 << 26  # key elements that one batched decode gathers at most; beyond it the decodes go in groups
@@ -62,7 +64,17 @@ def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
 
 
 def store_kv(values: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
-    """cache[slot] = values[t] for values [T, Hkv, D]; negative slots are left out without reading the mapping on the host.
+    """cache[slot] = values[t] for values [T, Hkv, D]; negative slots are left out without reading the mapping on the host."""
+    if cache.dtype != FP8:
+        _store(values.to(cache.dtype), cache, slot_mapping)
+        return
+    quantized, scales = kv_cache.quantize(values)
+    _store(quantized.view(torch.uint8), cache.view(torch.uint8), slot_mapping)
+    _store(scales, kv_cache.scales_of(cache), slot_mapping)
+
+
+def _store(values: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
+    """cache[block, :, offset] = values[t], dtypes equal.
 
     A token without a slot repeats the write of the first one that has a slot; where none has, block 0's first slot is written with itself.
     """
@@ -73,8 +85,7 @@ def store_kv(values: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
     slots = slot_mapping.index_select(0, source).clamp(min=0)
     block_size = cache.shape[2]
     blocks, offsets = slots // block_size, slots % block_size
-    stored = torch.where(valid.any(), values.index_select(0, source).to(cache.dtype), cache[:1, :, 0])
-    cache[blocks, :, offsets] = stored
+    cache[blocks, :, offsets] = torch.where(valid.any(), values.index_select(0, source), cache[:1, :, 0])
 
 
 def decode_attention(q: Tensor, key_cache: Tensor, value_cache: Tensor, batch: k.AttentionBatch, scale: float, sliding_window: int | None) -> Tensor:
@@ -149,6 +160,9 @@ def _gather(cache: Tensor, blocks: Tensor, offsets: Tensor) -> Tensor:
     """The tokens at `offsets` [N, L] of `blocks` [N, L] of one cache, as float32 [N, Hkv, L, D]: one copy, in the order that attention reads."""
     _, num_kv_heads, block_size, head_dim = cache.shape
     heads = torch.arange(num_kv_heads, device=cache.device).unsqueeze(1)
+    if cache.dtype == FP8:
+        where = blocks.unsqueeze(1), heads, offsets.unsqueeze(1)
+        return kv_cache.dequantize(cache.view(torch.uint8)[where].view(FP8), kv_cache.scales_of(cache)[where])
     lines = (blocks.unsqueeze(1) * num_kv_heads + heads) * block_size + offsets.unsqueeze(1)
     return cache.view(-1, head_dim).index_select(0, lines.view(-1)).view(*lines.shape, head_dim).to(torch.float32)
 

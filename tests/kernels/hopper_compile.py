@@ -21,6 +21,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from appliance.kernels import ops as k
+from appliance.kernels.kv_cache import allocate_fp8
 from appliance.kernels.skinny_linear import skinny_linear
 from appliance.kernels.triton_ops import TritonOps
 
@@ -83,15 +84,15 @@ def _batch(num_decodes: int, num_chunks: int, num_tokens: int) -> tuple[k.RowSta
     return state, step, batch
 
 
-def _model_ops(ops: TritonOps, dtype: torch.dtype, hq: int, hkv: int, d: int, *, qk_norm: bool, window: int | None) -> None:
+def _model_ops(ops: TritonOps, dtype: torch.dtype, hq: int, hkv: int, d: int, *, qk_norm: bool, window: int | None, fp8: bool = False) -> None:
     for shape in ((1, 0, 1), (16, 0, 16), (0, 2, 64), (8, 4, 200)):
         state, step, batch = _batch(*shape)
         tokens = shape[2]
         norm = torch.ones(d, dtype=dtype) if qk_norm else None
-        cache = torch.zeros(8, hkv, 16, d, dtype=dtype)
+        cache = allocate_fp8((8, hkv, 16, d), torch.device("cpu")) if fp8 else torch.zeros(8, hkv, 16, d, dtype=dtype)
         qkv = torch.zeros(tokens, (hq + 2 * hkv) * d, dtype=dtype)
         ops.prepare_inputs(state, step, batch, 16)
-        q = ops.rope_store_kv(qkv, torch.zeros(64, d), cache, cache.clone(), batch, norm, norm, 1e-6)
+        q = ops.rope_store_kv(qkv, torch.zeros(64, d), cache, cache, batch, norm, norm, 1e-6)
         ops.attention(q, cache, cache, batch, d**-0.5, window)
         hidden = torch.zeros(tokens, hq * d, dtype=dtype)
         ops.rms_norm(hidden, torch.ones(hq * d, dtype=dtype), 1e-6)
@@ -142,6 +143,8 @@ def main() -> int:
         for hq, hkv, d, qk_norm, window in ((16, 8, 128, True, None), (32, 8, 128, False, None), (9, 3, 64, False, None), (8, 2, 128, False, 48)):
             work = f"decoder {dtype} {hq}/{hkv}/{d} qk_norm={qk_norm} window={window}"
             works.append((work, lambda t=dtype, a=(hq, hkv, d), n=qk_norm, w=window: _model_ops(ops, t, *a, qk_norm=n, window=w)))
+            fp8 = f"{work} fp8 cache"
+            works.append((fp8, lambda t=dtype, a=(hq, hkv, d), n=qk_norm, w=window: _model_ops(ops, t, *a, qk_norm=n, window=w, fp8=True)))
         works.append((f"skinny products {dtype}", lambda t=dtype: _skinny_products(t)))
         works.append((f"sampling {dtype}", lambda t=dtype: _sampling_ops(ops, t)))
     for name, work in works:
