@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 
 from aiohttp import web
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
@@ -30,7 +31,7 @@ from appliance.engine.wire import Start
 from appliance.errors import EngineFailed
 from appliance.events import EngineEvent, StepStats
 from appliance.logs import configure_logs
-from appliance.metrics.goodput import choose_slo
+from appliance.metrics.goodput import choose_slo, judge
 from appliance.metrics.hardware import HardwareReader, detect_device
 from appliance.metrics.nvml import Nvml
 from appliance.metrics.recorder import Recorder
@@ -195,6 +196,7 @@ class Appliance:
             spool_dir=folder.spool,
             instance_id=settings.instance_id,
             fleet=settings.fleet,
+            judge=partial(judge, slo=self.recorder.slo),
         )
 
     async def _scaling(self, stack: AsyncExitStack, policy: Policy, endpoints: tuple[str, ...], database: Database | None) -> ScalingLoop | None:

@@ -1,121 +1,226 @@
-"""Named read queries and the retention purge. Each takes a session or database and returns plain rows, ready for JSON."""
+"""The named queries: what the console, reports and `appliance db export` read. This file holds the ledger, decisions and events; usage is in `usage`,
+the time series in `series`, and both are found here too.
+
+Each takes a session that reads and returns frozen results. On SQLite with a million ledger rows each answers within 0.3 s (p99):
+tests/acceptance/test_store_million.py.
+"""
 
 from __future__ import annotations
 
-import asyncio
+import base64
+import binascii
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, and_, delete, desc, exists, func, not_, select
+import msgspec
+from sqlalchemy import ColumnElement, Select, and_, func, or_, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import InstrumentedAttribute, aliased
 
-from appliance.store.database import Database
-from appliance.store.outbox import GONE
-from appliance.store.tables import EngineEventRow, OutboxRow, RequestRow, SampleRow, ScaleDecisionRow
+from appliance.errors import InvalidRequest
+from appliance.events import EngineEvent, LedgerState, RequestRecord, ScaleDecision
+from appliance.store.results import (
+    HourSlo,
+    HourUsage,
+    KeyUsage,
+    Known,
+    Prices,
+    RequestFilter,
+    RequestPage,
+    SampleHistory,
+    SampleSeries,
+    StoredDecision,
+    StoredEngineEvent,
+    StoredRequest,
+    Usage,
+)
+from appliance.store.series import sample_history
+from appliance.store.tables import EngineEventRow, OutboxRow, RequestRow, ScaleDecisionRow
+from appliance.store.usage import busiest_hours, known, slo_by_hour, usage_by_hour, usage_by_key, usage_total
 
-Rows = list[dict[str, Any]]
+__all__ = [
+    "HourSlo",
+    "HourUsage",
+    "KeyUsage",
+    "Known",
+    "Prices",
+    "RequestFilter",
+    "RequestPage",
+    "SampleHistory",
+    "SampleSeries",
+    "StoredDecision",
+    "StoredEngineEvent",
+    "StoredRequest",
+    "Usage",
+    "busiest_hours",
+    "engine_events",
+    "find_requests",
+    "known",
+    "request_by_id",
+    "sample_history",
+    "scale_decisions",
+    "slo_by_hour",
+    "slowest_requests",
+    "usage_by_hour",
+    "usage_by_key",
+    "usage_total",
+]
 
-
-async def recent_requests(session: AsyncSession, *, limit: int = 100, before_wall: float | None = None, key_id: str | None = None) -> Rows:
-    """The newest ledger rows, newest first; `before_wall` pages on."""
-    query = select(*RequestRow.__table__.columns).order_by(desc(RequestRow.received_wall)).limit(limit)
-    if before_wall is not None:
-        query = query.where(RequestRow.received_wall < before_wall)
-    if key_id is not None:
-        query = query.where(RequestRow.key_id == key_id)
-    return await _fetch(session, query)
-
-
-async def request_by_id(session: AsyncSession, request_id: str) -> Rows:
-    """The ledger row of a server's id, or the newest ones of a client's X-Request-Id."""
-    query = select(*RequestRow.__table__.columns).where((RequestRow.id == request_id) | (RequestRow.client_request_id == request_id))
-    return await _fetch(session, query.order_by(desc(RequestRow.received_wall)).limit(100))
-
-
-async def slowest_requests(session: AsyncSession, *, since_wall: float, limit: int = 20) -> Rows:
-    """The ledger rows received since then that took longest."""
-    query = select(*RequestRow.__table__.columns).where(RequestRow.received_wall >= since_wall)
-    return await _fetch(session, query.order_by(desc(RequestRow.duration_seconds)).limit(limit))
-
-
-async def usage_by_key(session: AsyncSession, *, since_wall: float, until_wall: float) -> Rows:
-    """Requests, errors, tokens, joules and seconds by key and model of what was received in [since, until)."""
-    query = (
-        select(
-            RequestRow.key_id,
-            RequestRow.model,
-            func.count().label("num_requests"),
-            func.count().filter(RequestRow.status >= 500).label("num_errors"),
-            *(_whole_sum(c) for c in (RequestRow.num_prompt_tokens, RequestRow.num_cached_tokens, RequestRow.num_generated_tokens)),
-            func.sum(RequestRow.joules).label("joules"),
-            func.sum(RequestRow.duration_seconds).label("duration_seconds"),
-        )
-        .where(RequestRow.received_wall >= since_wall, RequestRow.received_wall < until_wall)
-        .group_by(RequestRow.key_id, RequestRow.model)
-        .order_by(RequestRow.key_id, RequestRow.model)
-    )
-    rows = await _fetch(session, query)
-    for row in rows:  # PostgreSQL sums BIGINT as NUMERIC
-        row |= {name: int(row[name]) for name in ("num_prompt_tokens", "num_cached_tokens", "num_generated_tokens")}
-    return rows
-
-
-async def sample_history(session: AsyncSession, *, since_wall: float, until_wall: float, instance_id: str | None = None) -> Rows:
-    """The samples in [since, until), oldest first; of one instance, or of all that share the database."""
-    query = select(*SampleRow.__table__.columns).where(SampleRow.at_wall >= since_wall, SampleRow.at_wall < until_wall).order_by(SampleRow.at_wall)
-    if instance_id is not None:
-        query = query.where(SampleRow.instance_id == instance_id)
-    return await _fetch(session, query)
+MAX_LIMIT = 1000
+_SCAN_ROWS = 20_000  # ledger rows that one page may look at
+_EVERYTHING = RequestFilter()
+_LEDGER = RequestRow.__table__
+_RECORD_FIELDS = tuple(field for field in RequestRecord.__struct_fields__ if field != "states")
+_STATE_COLUMNS = tuple((state.value, f"{state.value}_seconds") for state in LedgerState)
 
 
-async def recent_decisions(session: AsyncSession, *, limit: int = 100) -> Rows:
-    """The newest scale decisions, newest first."""
-    return await _fetch(session, select(*ScaleDecisionRow.__table__.columns).order_by(desc(ScaleDecisionRow.at_wall)).limit(limit))
+async def find_requests(session: AsyncSession, where: RequestFilter = _EVERYTHING, *, limit: int = 100, cursor: str | None = None) -> RequestPage:
+    """The newest requests that match, newest first; `cursor` (of the page before) goes on, also while new requests arrive.
 
-
-async def recent_engine_events(session: AsyncSession, *, limit: int = 100) -> Rows:
-    """The newest events of the engine process, newest first."""
-    return await _fetch(session, select(*EngineEventRow.__table__.columns).order_by(desc(EngineEventRow.at_wall)).limit(limit))
-
-
-async def purge(database: Database, *, before_wall: float, batch: int = 500) -> int:
-    """Delete what is older than `before_wall`, in small transactions so that the write lock is never held long. Returns how many rows.
-
-    What a restart goes on from stays: signals that wait, answers of 410 that disable their endpoint, the decisions of both, and each instance's
-    newest decision, from which its sequence numbers go on.
+    Raises InvalidRequest for a cursor that is none of ours.
     """
-    settled = and_(OutboxRow.state != "pending", OutboxRow.last_error.is_distinct_from(GONE))
-    later = aliased(ScaleDecisionRow)
-    is_newest = ~exists().where(later.instance_id == ScaleDecisionRow.instance_id, later.sequence > ScaleDecisionRow.sequence)
-    needed = select(OutboxRow.decision_id).where(not_(settled))
-    num_deleted = 0
-    for at, condition in (
-        (RequestRow.received_wall, None),
-        (SampleRow.at_wall, None),
-        (EngineEventRow.at_wall, None),
-        (OutboxRow.created_wall, settled),
-        (ScaleDecisionRow.at_wall, and_(ScaleDecisionRow.id.not_in(needed), not_(is_newest))),
-    ):
-        while deleted := await _delete_oldest(database, at, before_wall, condition, batch):
-            num_deleted += deleted
-            await asyncio.sleep(0.01)  # let the writer in
-    return num_deleted
+    limit = max(1, min(limit, MAX_LIMIT))
+    c = _LEDGER.c
+    indexed, filters = _conditions(where)
+    if cursor is not None:
+        at_wall, last_id = _read_cursor(cursor)
+        indexed.append(and_(c.received_wall <= at_wall, or_(c.received_wall < at_wall, c.id < last_id)))
+    newest = (c.received_wall.desc(), c.id.desc())
+    # The farthest row that this page may look at, found in the index alone.
+    edge = (await session.execute(select(c.received_wall, c.id).where(*indexed).order_by(*newest).offset(_SCAN_ROWS - 1).limit(1))).first()
+    bounded = [] if edge is None or not filters else [c.received_wall >= edge[0]]
+    query = select(_LEDGER).where(*indexed, *bounded, *filters).order_by(*newest).limit(limit + 1)
+    rows = (await session.execute(query)).mappings().all()
+    found = tuple(_stored_request(dict(row)) for row in rows[:limit])
+    if len(rows) > limit:
+        return RequestPage(requests=found, cursor=_cursor(rows[limit - 1]["received_wall"], rows[limit - 1]["id"]))
+    if bounded:
+        assert edge is not None
+        return RequestPage(requests=found, cursor=_cursor(edge[0], ""))  # every row of that time was looked at
+    return RequestPage(requests=found, cursor=None)
 
 
-async def _delete_oldest(
-    database: Database, at: InstrumentedAttribute[float], before_wall: float, condition: ColumnElement[bool] | None, batch: int
-) -> int:
-    """Delete some `batch` rows older than `before_wall` from the table of `at`, those of equal time together; how many."""
-    doomed = and_(at < before_wall, *(() if condition is None else (condition,)))
-    async with database.connection() as connection:
-        last = (await connection.execute(select(at).where(doomed).order_by(at).offset(batch - 1).limit(1))).scalar()
-        statement = delete(at.class_).where(doomed) if last is None else delete(at.class_).where(doomed, at <= last)
-        return (await connection.execute(statement)).rowcount
+async def request_by_id(session: AsyncSession, request_id: str) -> tuple[StoredRequest, ...]:
+    """The request of a server's id, or the newest of a client's X-Request-Id, with their ledger."""
+    c = _LEDGER.c
+    query = select(_LEDGER).where(or_(c.id == request_id, c.client_request_id == request_id)).order_by(c.received_wall.desc()).limit(100)
+    return await _stored_requests(session, query)
 
 
-def _whole_sum(column: InstrumentedAttribute[int]) -> ColumnElement[Any]:
-    return func.coalesce(func.sum(column), 0).label(column.key)
+async def slowest_requests(session: AsyncSession, *, since_wall: float, until_wall: float, limit: int = 20) -> tuple[StoredRequest, ...]:
+    """The requests received in [since, until) that took longest, longest first, with their ledger."""
+    c = _LEDGER.c
+    at = c.received_wall.op("+")(0)  # an expression: the range is checked along the index of durations, never sorted
+    ids = select(c.id).where(at >= since_wall, at < until_wall).order_by(c.duration_seconds.desc()).limit(max(1, min(limit, MAX_LIMIT)))
+    query = select(_LEDGER).where(c.id.in_(ids)).order_by(c.duration_seconds.desc(), c.received_wall, c.id)
+    return await _stored_requests(session, query)
 
 
-async def _fetch(session: AsyncSession, query: Select[Any]) -> Rows:
-    return [dict(row) for row in (await session.execute(query)).mappings()]
+async def scale_decisions(
+    session: AsyncSession,
+    *,
+    since_wall: float | None = None,
+    until_wall: float | None = None,
+    instance_id: str | None = None,
+    fleet: str | None = None,
+    limit: int = 100,
+) -> tuple[StoredDecision, ...]:
+    """The newest scale decisions of the range with what came of them, newest first."""
+    c = ScaleDecisionRow.__table__.c
+    query = _ranged(select(ScaleDecisionRow.__table__), c, since_wall, until_wall, instance_id, fleet)
+    rows = (await session.execute(query.order_by(c.at_wall.desc(), c.id.desc()).limit(limit))).mappings().all()
+    signals: dict[str, dict[str, int]] = {row["id"]: {} for row in rows}
+    by_state = select(OutboxRow.decision_id, OutboxRow.state, func.count()).where(OutboxRow.decision_id.in_(signals))
+    for decision_id, state, count in (await session.execute(by_state.group_by(OutboxRow.decision_id, OutboxRow.state))).all():
+        signals[decision_id][state] = count
+    return tuple(
+        StoredDecision(
+            decision=msgspec.convert({name: row[name] for name in ScaleDecision.__struct_fields__}, ScaleDecision),
+            approved_wall=row["approved_wall"],
+            approved_by=row["approved_by"],
+            outcome=row["outcome"],
+            signals=signals[row["id"]],
+        )
+        for row in rows
+    )
+
+
+async def engine_events(
+    session: AsyncSession,
+    *,
+    since_wall: float | None = None,
+    until_wall: float | None = None,
+    instance_id: str | None = None,
+    fleet: str | None = None,
+    limit: int = 100,
+) -> tuple[StoredEngineEvent, ...]:
+    """The newest events of the engine processes in the range, newest first."""
+    c = EngineEventRow.__table__.c
+    query = _ranged(select(EngineEventRow.__table__), c, since_wall, until_wall, instance_id, fleet)
+    rows = (await session.execute(query.order_by(c.at_wall.desc()).limit(limit))).mappings().all()
+    return tuple(
+        StoredEngineEvent(
+            event=EngineEvent(**{name: row[name] for name in EngineEvent.__struct_fields__}),
+            instance_id=row["instance_id"],
+            fleet=row["fleet"],
+        )
+        for row in rows
+    )
+
+
+def _conditions(where: RequestFilter) -> tuple[list[ColumnElement[bool]], list[ColumnElement[bool]]]:
+    """Conditions that bound the walk along an index (its time, key or failures), and those that rows on the way are tested for."""
+    c = _LEDGER.c
+    indexed: list[ColumnElement[bool]] = []
+    if where.since_wall is not None:
+        indexed.append(c.received_wall >= where.since_wall)
+    if where.until_wall is not None:
+        indexed.append(c.received_wall < where.until_wall)
+    names = ("model", "instance_id", "fleet", "endpoint", "status", "finish_reason")
+    filters = [c[name] == getattr(where, name) for name in names if getattr(where, name) is not None]
+    failed = where.failed or (where.status is not None and where.status >= 400)
+    if where.key_id is not None:
+        indexed.append(c.key_id == where.key_id)
+    if failed:  # one index bounds the walk: that of the key, or else that of failures
+        (indexed if where.key_id is None else filters).append(c.status >= text("400"))  # the text of the index's own condition
+    elif where.failed is not None:
+        filters.append(c.status < 400)
+    if where.good is not None:
+        good = and_(c.ttft_good.is_not(False), c.tpot_good.is_not(False), or_(c.ttft_good.is_not(None), c.tpot_good.is_not(None)))
+        filters.append(good if where.good else or_(c.ttft_good.is_(False), c.tpot_good.is_(False)))
+    if where.min_duration_seconds is not None:
+        filters.append(c.duration_seconds >= where.min_duration_seconds)
+    return indexed, filters
+
+
+def _ranged(
+    query: Select[Any], c: Any, since_wall: float | None, until_wall: float | None, instance_id: str | None, fleet: str | None
+) -> Select[Any]:
+    if since_wall is not None:
+        query = query.where(c.at_wall >= since_wall)
+    if until_wall is not None:
+        query = query.where(c.at_wall < until_wall)
+    if instance_id is not None:
+        query = query.where(c.instance_id == instance_id)
+    return query if fleet is None else query.where(c.fleet == fleet)
+
+
+async def _stored_requests(session: AsyncSession, query: Select[Any]) -> tuple[StoredRequest, ...]:
+    return tuple(_stored_request(dict(row)) for row in (await session.execute(query)).mappings())
+
+
+def _stored_request(row: dict[str, Any]) -> StoredRequest:
+    record = RequestRecord(**{name: row[name] for name in _RECORD_FIELDS}, states={state: row[column] for state, column in _STATE_COLUMNS})
+    ttft_good, tpot_good = row["ttft_good"], row["tpot_good"]
+    good = None if ttft_good is None and tpot_good is None else ttft_good is not False and tpot_good is not False
+    return StoredRequest(record=record, instance_id=row["instance_id"], fleet=row["fleet"], ttft_good=ttft_good, tpot_good=tpot_good, good=good)
+
+
+def _cursor(at_wall: float, last_id: str) -> str:
+    return base64.urlsafe_b64encode(f"{at_wall!r} {last_id}".encode()).decode()
+
+
+def _read_cursor(cursor: str) -> tuple[float, str]:
+    try:
+        at_wall, _, last_id = base64.urlsafe_b64decode(cursor.encode()).decode().partition(" ")
+        return float(at_wall), last_id
+    except (ValueError, binascii.Error) as error:
+        raise InvalidRequest(f"cursor {cursor!r} is not of this server", code="invalid_cursor") from error

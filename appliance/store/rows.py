@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 from sqlalchemy import String, Table
@@ -18,8 +18,17 @@ _LENGTHS = {name: {c.name: c.type.length for c in table.columns if isinstance(c.
 _STATE_COLUMNS = tuple((state.value, f"{state.value}_seconds") for state in LedgerState)
 
 
-def row_of(record: Record, instance_id: str, fleet: str) -> tuple[str, Row]:
-    """The table's name and the row's columns.
+class Verdict(Protocol):
+    """Whether a request kept the SLO, by objective; None where it does not apply."""
+
+    @property
+    def ttft(self) -> bool | None: ...
+    @property
+    def tpot(self) -> bool | None: ...
+
+
+def row_of(record: Record, instance_id: str, fleet: str, verdict: Verdict | None = None) -> tuple[str, Row]:
+    """The table's name and the row's columns; `verdict` is a request's.
 
     Text is cut to its column, and what no database can hold (NUL, lone surrogates) is replaced: a hostile header must not cost a row.
     """
@@ -29,6 +38,7 @@ def row_of(record: Record, instance_id: str, fleet: str) -> tuple[str, Row]:
         states = row.pop("states")
         for state, column in _STATE_COLUMNS:
             row[column] = states.get(state, 0.0)
+        row["ttft_good"], row["tpot_good"] = (None, None) if verdict is None else (verdict.ttft, verdict.tpot)
     else:
         name = SampleRow.__tablename__ if isinstance(record, Sample) else EngineEventRow.__tablename__
         row = msgspec.structs.asdict(record)
@@ -37,6 +47,12 @@ def row_of(record: Record, instance_id: str, fleet: str) -> tuple[str, Row]:
         if row[column] is not None:
             row[column] = _storable(row[column], length)
     return name, row
+
+
+def completed(name: str, row: Row) -> Row:
+    """A row that an older version spooled, with the columns that it did not know; those that no table has any more are left out."""
+    columns = TABLES[name].columns
+    return {column.name: row.get(column.name) for column in columns}
 
 
 def _storable(value: str, length: int | None) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, Double, ForeignKey, Index, Integer, MetaData, String, Text, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, Double, ForeignKey, Index, Integer, MetaData, String, Text, UniqueConstraint, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 # BIGINT that still auto-increments in SQLite, where only INTEGER PRIMARY KEY does
@@ -40,6 +40,8 @@ class RequestRow(Base):
         Index(None, "received_wall"),
         Index(None, "client_request_id"),
         Index(None, "key_id", "received_wall"),
+        Index(None, "duration_seconds", "received_wall"),  # the slowest of a time range, from the index alone
+        Index("ix_requests_failed_received_wall", "received_wall", sqlite_where=text("status >= 400"), postgresql_where=text("status >= 400")),
     )
 
     id: Mapped[str] = mapped_column(String(36), primary_key=True)  # UUIDv7
@@ -79,6 +81,47 @@ class RequestRow(Base):
     queued_seconds: Mapped[float]
     admitted_seconds: Mapped[float]
     received_seconds: Mapped[float]
+    ttft_good: Mapped[bool | None]  # within the objective when it finished; None where that does not apply
+    tpot_good: Mapped[bool | None]
+
+
+class UsageRollupRow(Base):
+    """Requests by hour and by UTC day of their reception: sums over one instance, key and model. Outlives the ledger.
+
+    The writer adds to it in the transaction that stores the ledger row, so that the two agree at any instant, and a row stored once counts once.
+    """
+
+    __tablename__ = "usage_rollup"
+    __table_args__ = ({"sqlite_with_rowid": False},)  # clustered by its key: a time range lies together
+
+    period_seconds: Mapped[int] = mapped_column(Integer, primary_key=True)  # 3600 or 86400
+    start_wall: Mapped[float] = mapped_column(primary_key=True)  # a whole multiple of the period
+    instance_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    fleet: Mapped[str] = mapped_column(String(64), primary_key=True)
+    key_id: Mapped[str] = mapped_column(String(128), primary_key=True)
+    model: Mapped[str] = mapped_column(String(256), primary_key=True)
+    num_requests: Mapped[int]
+    num_errors: Mapped[int]  # status >= 500
+    num_rejected: Mapped[int]  # 429 and 503
+    num_aborted: Mapped[int]  # 499
+    num_prompt_tokens: Mapped[int]
+    num_cached_tokens: Mapped[int]
+    num_generated_tokens: Mapped[int]
+    num_written_tokens: Mapped[int]
+    duration_seconds: Mapped[float]
+    queued_seconds: Mapped[float]
+    joules: Mapped[float | None]
+    num_judged: Mapped[int]
+    num_good: Mapped[int]
+    num_ttft_judged: Mapped[int]
+    num_ttft_good: Mapped[int]
+    num_tpot_judged: Mapped[int]
+    num_tpot_good: Mapped[int]
+    num_good_tokens: Mapped[int]
+    num_ttft: Mapped[int]  # requests that had a first token
+    ttft_seconds: Mapped[float]  # sum over those
+    max_ttft_seconds: Mapped[float | None]
+    max_duration_seconds: Mapped[float | None]
 
 
 class SampleRow(Base):
@@ -126,6 +169,65 @@ class SampleRow(Base):
     gpu_power_watts: Mapped[float | None]
     gpu_temperature_celsius: Mapped[float | None]
     gpu_joules: Mapped[float | None]
+
+
+class SampleRollupRow(Base):
+    """Samples of one instance over a minute or an hour: counts and sums are sums, gauges are means over the samples, `max_` columns the greatest."""
+
+    __tablename__ = "samples_rollup"
+    __table_args__ = ({"sqlite_with_rowid": False},)
+
+    resolution_seconds: Mapped[int] = mapped_column(Integer, primary_key=True)  # 60 or 3600
+    start_wall: Mapped[float] = mapped_column(primary_key=True)
+    instance_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    fleet: Mapped[str] = mapped_column(String(64))
+    num_samples: Mapped[int]
+    ready_share: Mapped[float]  # of the samples, those with the engine ready
+    period_seconds: Mapped[float]
+    num_requests: Mapped[int]
+    num_errors: Mapped[int]
+    num_rejected: Mapped[int]
+    num_good_requests: Mapped[int]
+    num_prompt_tokens: Mapped[int]
+    num_cached_tokens: Mapped[int]
+    num_generated_tokens: Mapped[int]
+    num_surplus_tokens: Mapped[int]
+    num_preemptions: Mapped[int]
+    num_aborted: Mapped[int]
+    num_steps: Mapped[int]
+    step_seconds: Mapped[float]
+    ttft_p50_seconds: Mapped[float | None]
+    ttft_p95_seconds: Mapped[float | None]
+    tpot_p50_seconds: Mapped[float | None]
+    tpot_p95_seconds: Mapped[float | None]
+    goodput: Mapped[float | None]
+    num_running: Mapped[float]
+    num_waiting: Mapped[float]
+    oldest_waiting_age_seconds: Mapped[float]
+    kv_utilisation: Mapped[float | None]
+    kv_cached_share: Mapped[float | None]
+    kv_waste: Mapped[float | None]
+    cpu_utilisation: Mapped[float | None]
+    memory_used_bytes: Mapped[float | None]
+    server_cpu_seconds: Mapped[float | None]
+    server_resident_bytes: Mapped[float | None]
+    engine_cpu_seconds: Mapped[float | None]
+    engine_resident_bytes: Mapped[float | None]
+    gpu_utilisation: Mapped[float | None]
+    gpu_memory_used_bytes: Mapped[float | None]
+    gpu_power_watts: Mapped[float | None]
+    gpu_temperature_celsius: Mapped[float | None]
+    gpu_joules: Mapped[float | None]
+    max_ttft_p95_seconds: Mapped[float | None]
+    max_tpot_p95_seconds: Mapped[float | None]
+    max_num_running: Mapped[int]
+    max_num_waiting: Mapped[int]
+    max_oldest_waiting_age_seconds: Mapped[float]
+    max_kv_utilisation: Mapped[float | None]
+    max_memory_used_bytes: Mapped[int | None]
+    max_gpu_memory_used_bytes: Mapped[int | None]
+    max_gpu_power_watts: Mapped[float | None]
+    max_gpu_temperature_celsius: Mapped[float | None]
 
 
 class ScaleDecisionRow(Base):

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -19,8 +20,10 @@ from appliance.clock import Clock
 from appliance.events import EngineEvent, RequestRecord, Sample, StoreStats
 from appliance.settings import StoreSettings
 from appliance.store.database import Database
-from appliance.store.rows import TABLES, Record, Row, row_of
+from appliance.store.rows import TABLES, Record, Row, Verdict, completed, row_of
 from appliance.store.spool import Spool
+from appliance.store.tables import RequestRow
+from appliance.store.tally import usage_rows, usage_upsert
 
 _log = logging.getLogger(__name__)
 
@@ -37,12 +40,24 @@ class StoreWriter:
     """Takes records on the event loop, writes them in batches to `database`, and to a spool on disk while that fails.
 
     `put_*` cost an append. Rows carry keys that the writer did not get from the database, and inserts ignore keys that exist, so that a batch
-    whose commit went through unheard may be sent again. When neither database nor disk takes rows, the queue keeps `queue_rows` of them, and the
-    oldest beyond are dropped and counted.
+    whose commit went through unheard may be sent again; usage is counted in the same transaction, for the rows that were new. When neither
+    database nor disk takes rows, the queue keeps `queue_rows` of them, and the oldest beyond are dropped and counted. `judge` says of each request
+    whether it kept the SLO.
     """
 
-    def __init__(self, database: Database, *, settings: StoreSettings, clock: Clock, spool_dir: Path, instance_id: str, fleet: str) -> None:
+    def __init__(
+        self,
+        database: Database,
+        *,
+        settings: StoreSettings,
+        clock: Clock,
+        spool_dir: Path,
+        instance_id: str,
+        fleet: str,
+        judge: Callable[[RequestRecord], Verdict] | None = None,
+    ) -> None:
         self._database = database
+        self._judge = judge
         self._settings = settings
         self._clock = clock
         self._instance_id, self._fleet = instance_id, fleet
@@ -61,6 +76,9 @@ class StoreWriter:
         self._flush_seconds = 0.0
         dialect = postgresql if database.dialect == "postgresql" else sqlite
         self._inserts: dict[str, Insert] = {name: dialect.insert(table).on_conflict_do_nothing() for name, table in TABLES.items()}
+        ledger = TABLES[RequestRow.__tablename__]
+        self._insert_requests = dialect.insert(ledger).on_conflict_do_nothing().returning(ledger.c.id)
+        self._upsert_usage = usage_upsert(database.dialect)
 
     def put_request(self, record: RequestRecord) -> None:
         """A request finished."""
@@ -190,10 +208,14 @@ class StoreWriter:
         """Write the oldest segment of the spool and delete it."""
         segment = await asyncio.to_thread(self._spool.oldest) if self._spool.num_rows else None
         if segment is not None:
-            path, rows = segment
+            path, spooled = segment
+            rows = [(name, completed(name, row)) for name, row in spooled if name in TABLES]
             for start in range(0, len(rows), _BATCH_ROWS):
                 await self._write(rows[start : start + _BATCH_ROWS])
             await asyncio.to_thread(self._spool.remove, path)
+            if len(rows) < len(spooled):
+                self._num_refused += len(spooled) - len(rows)
+                _log.error("%d spooled rows are of tables that this version does not know", len(spooled) - len(rows))
             if self._spool.num_rows:
                 self._wake.set()
 
@@ -223,8 +245,24 @@ class StoreWriter:
     async def _insert(self, connection: AsyncConnection, rows: list[tuple[str, Row]]) -> None:
         for name, insert in self._inserts.items():
             mine = [row for table, row in rows if table == name]
+            if name == RequestRow.__tablename__:
+                await self._insert_ledger(connection, mine)
+                continue
             for start in range(0, len(mine), _STATEMENT_ROWS):
                 await connection.execute(insert, mine[start : start + _STATEMENT_ROWS])
+
+    async def _insert_ledger(self, connection: AsyncConnection, rows: list[Row]) -> None:
+        """Ledger rows, and the usage of those that were not stored yet."""
+        stored: dict[str, Row] = {}
+        for start in range(0, len(rows), _STATEMENT_ROWS):
+            some = rows[start : start + _STATEMENT_ROWS]
+            new = set((await connection.execute(self._insert_requests, some)).scalars())
+            for row in some:
+                if row["id"] in new:
+                    stored.setdefault(row["id"], row)
+        usage = usage_rows(stored.values())
+        for start in range(0, len(usage), _STATEMENT_ROWS):
+            await connection.execute(self._upsert_usage, usage[start : start + _STATEMENT_ROWS])
 
     async def _write_singly(self, rows: list[tuple[str, Row]]) -> None:
         for row in rows:
@@ -277,7 +315,8 @@ class StoreWriter:
         rows = []
         for record in records:
             try:
-                rows.append(row_of(record, self._instance_id, self._fleet))
+                verdict = self._judge(record) if self._judge is not None and isinstance(record, RequestRecord) else None
+                rows.append(row_of(record, self._instance_id, self._fleet, verdict))
             except Exception:
                 self._num_refused += 1
                 _log.exception("a record makes no row")

@@ -10,12 +10,13 @@ from pathlib import Path
 import aiohttp
 import pytest
 from appliance_server import Stream, check_ledger, run_stream, until
+from sqlalchemy import select
 
 from appliance.app import Appliance, running
 from appliance.events import StepStats
 from appliance.settings import EngineSettings, MetricsSettings, ModelSettings, ServerSettings, Settings
-from appliance.store import queries
 from appliance.store.database import Database, database_url
+from appliance.store.tables import RequestRow
 
 NUM_BLOCKS = 640
 
@@ -84,7 +85,7 @@ async def test_a_client_that_leaves_frees_its_place_by_the_second_step(appliance
         await until(lambda: appliance.recorder.instruments.total("appliance_requests_total") == 3, "three records")
         await asyncio.sleep(2 * appliance.settings.store.flush_seconds)  # the writer's batch
         async with database.session() as session_:
-            rows = {row["client_request_id"]: row for row in await queries.recent_requests(session_)}
+            rows = {row["client_request_id"]: dict(row) for row in (await session_.execute(select(RequestRow.__table__))).mappings()}
     finally:
         await database.close()
     assert {name: (row["status"], row["finish_reason"], row["error_code"]) for name, row in rows.items()} == {

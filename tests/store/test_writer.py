@@ -20,7 +20,7 @@ from appliance.events import EngineEvent, LedgerState, RequestRecord, Sample
 from appliance.settings import StoreSettings
 from appliance.store import rows as rows_module
 from appliance.store.database import Database
-from appliance.store.queries import recent_engine_events, recent_requests, sample_history
+from appliance.store.queries import engine_events, find_requests, sample_history
 from appliance.store.tables import RequestRow, SampleRow
 from appliance.store.writer import StoreWriter
 
@@ -66,10 +66,10 @@ async def _ids(database: Database) -> list[str]:
 
 
 def test_every_field_has_a_column() -> None:
-    """RequestRecord's fields and ledger states, and Sample's fields, are exactly the columns of their tables (with instance and fleet)."""
+    """RequestRecord's fields, ledger states and verdict, and Sample's fields, are exactly the columns of their tables (with instance and fleet)."""
     ours = {"instance_id", "fleet"}
     request = {field.name for field in msgspec.structs.fields(RequestRecord)} - {"states"} | {f"{state.value}_seconds" for state in LedgerState}
-    assert set(RequestRow.__table__.columns.keys()) == request | ours
+    assert set(RequestRow.__table__.columns.keys()) == request | ours | {"ttft_good", "tpot_good"}
     assert set(SampleRow.__table__.columns.keys()) == {field.name for field in msgspec.structs.fields(Sample)} | ours
     assert set(rows_module.TABLES["engine_events"].columns.keys()) == {field.name for field in msgspec.structs.fields(EngineEvent)} | ours
 
@@ -85,14 +85,14 @@ async def test_what_goes_in_comes_out(database: Database, tmp_path: Path, make_r
     assert writer.stats.num_queued_rows == 3
     await writer.flush()
     async with database.session() as session:
-        (request_row,) = await recent_requests(session)
-        (sample_row,) = await sample_history(session, since_wall=0, until_wall=2e9)
-        (event_row,) = await recent_engine_events(session)
-    states = {state.value: request_row.pop(f"{state.value}_seconds") for state in LedgerState}
-    assert (request_row.pop("instance_id"), request_row.pop("fleet")) == ("node-1", "blue")
-    assert msgspec.convert(request_row | {"states": states}, RequestRecord) == record
-    assert {key: sample_row[key] for key in msgspec.structs.asdict(sample)} == msgspec.structs.asdict(sample)
-    assert (event_row["kind"], event_row["detail"], event_row["num_in_flight"]) == ("crashed", "SIGKILL", 3)
+        (stored,) = (await find_requests(session)).requests
+        (series,) = (await sample_history(session, since_wall=0, until_wall=2e9, resolution_seconds=10)).series
+        (stored_event,) = await engine_events(session)
+    assert (stored.instance_id, stored.fleet) == ("node-1", "blue")
+    assert stored.record == record
+    assert series.at_wall == (sample.at_wall,)
+    assert series.columns == {name: (value,) for name, value in msgspec.structs.asdict(sample).items() if name != "at_wall"}
+    assert (stored_event.event, stored_event.instance_id, stored_event.fleet) == (event, "node-1", "blue")
     assert (writer.stats.num_written_rows, writer.stats.num_queued_rows, writer.stats.available) == (3, 0, True)
 
 
@@ -258,9 +258,9 @@ async def test_hostile_text_is_stored(database: Database, tmp_path: Path, make_r
     writer.put_request(make_record(1, client_request_id="a\0b\udcffé" + "x" * 100, model="m" * 1000))
     await writer.flush()
     async with database.session() as session:
-        (row,) = await recent_requests(session)
-    assert row["client_request_id"] == "a?b?é" + "x" * 59
-    assert row["model"] == "m" * 256
+        (stored,) = (await find_requests(session)).requests
+    assert stored.record.client_request_id == "a?b?é" + "x" * 59
+    assert stored.record.model == "m" * 256
 
 
 async def test_a_missing_table_loses_no_row(database: Database, tmp_path: Path, make_record: Record) -> None:
