@@ -194,11 +194,11 @@ def _draw_kernel(
         weights = tl.where(valid, tl.exp2((s - peak) * LOG2_E), 0.0)
         eligible = valid
         if k < vocab:
-            levels = tl.where(valid, ordered(s), _LOWEST)
-            cut = _kth_level(levels, k, level, above)
-            equal = valid & (levels == cut)
-            higher = tl.sum((levels > cut).to(tl.int32), axis=0)
-            eligible = valid & ((levels > cut) | (equal & (tl.cumsum(equal.to(tl.int32), axis=0) <= k - higher)))
+            ranked = tl.where(valid, ordered(s), _LOWEST)
+            cut = _kth_level(ranked, k, level, above)
+            equal = valid & (ranked == cut)
+            higher = tl.sum((ranked > cut).to(tl.int32), axis=0)
+            eligible = valid & ((ranked > cut) | (equal & (tl.cumsum(equal.to(tl.int32), axis=0) <= k - higher)))
             total = tl.sum(tl.where(eligible, weights, 0.0), axis=0)  # p is a share of what top-k leaves
             complete = k <= WANTED
         else:

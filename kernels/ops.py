@@ -215,8 +215,8 @@ class Ops(Protocol):
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Sampled:
         """Penalties, bias, temperature, top-k, top-p, min-p, then argmax of logits + Gumbel noise. logits `[B, vocab]` float32 or bf16.
 
-        Order and definitions are those of `reference.sample`. The noise of row r at id v is Philox4x32-10 with key = (SEED_LOW, SEED_HIGH) and
-        counter = (v, OUTPUT_INDEX, 0, 0), first word, so it depends on nothing else: not on the batch, not on the device.
+        Order and definitions are those of `reference.sample`. The noise of row r at id v is `philox.gumbel_noise`: a word of Philox4x32-10 that
+        v, SEED_LOW, SEED_HIGH and OUTPUT_INDEX choose, so it depends on nothing else: not on the batch, not on the device.
         """
 
     def commit_sampled(self, state: RowState, step: StepInput, batch: AttentionBatch, token_ids: Tensor) -> None:

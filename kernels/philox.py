@@ -12,6 +12,7 @@ from torch import Tensor
 
 MULTIPLIERS: Final = (0xD2511F53, 0xCD9E8D57)
 WEYL: Final = (0x9E3779B9, 0xBB67AE85)  # what the key grows by, each round
+NOISE_LANES: Final = 256  # ids of a run whose noise comes from one word of consecutive counters; four runs share their counters
 _LOW: Final = 0xFFFFFFFF
 
 
@@ -40,13 +41,25 @@ def gumbel_noise(ids: Tensor, output_index: Tensor, seed_low: Tensor, seed_high:
     """Standard Gumbel noise, float32, of vocabulary ids at one output index under a 64-bit seed. Integer tensors that broadcast; negative ones
     stand for their 32 bits.
 
-    u = (first word of Philox(counter = (id, output index, 0, 0), key = (seed low, seed high)) + 0.5) / 2^32; noise = -log(-log u), computed
-    in float64 (in float32 u would round to 1 for the largest words, and the noise to infinity) and rounded once.
+    u = (noise_words + 0.5) / 2^32; noise = -log(-log u), computed in float64 (in float32 u would round to 1 for the largest words, and the noise to
+    infinity) and rounded once.
+    """
+    uniform = noise_words(ids, output_index, seed_low, seed_high).to(torch.float64).add_(0.5).mul_(2.0**-32)
+    return uniform.log_().neg_().log_().neg_().to(torch.float32)
+
+
+def noise_words(ids: Tensor, output_index: Tensor, seed_low: Tensor, seed_high: Tensor) -> Tensor:
+    """The 32 random bits, int64, behind the noise of ids: all four words of a Philox call serve, since a call costs more than what is done with them.
+
+    With L = NOISE_LANES, id v takes word (v // L) % 4 of Philox(counter = (v // 4L * L + v % L, output index, 0, 0), key = (seed low, seed high)):
+    consecutive lanes take consecutive counters and read consecutive ids.
     """
     zero = torch.zeros((), dtype=torch.int64, device=ids.device)
-    words = philox4x32((_word(ids), _word(output_index), zero, zero), (_word(seed_low), _word(seed_high)))[0]
-    uniform = words.to(torch.float64).add_(0.5).mul_(2.0**-32)
-    return uniform.log_().neg_().log_().neg_().to(torch.float32)
+    v = _word(ids)
+    counter = v // (4 * NOISE_LANES) * NOISE_LANES + v % NOISE_LANES
+    words = philox4x32((counter, _word(output_index), zero, zero), (_word(seed_low), _word(seed_high)))
+    which = v // NOISE_LANES % 4
+    return torch.where(which < 2, torch.where(which == 0, words[0], words[1]), torch.where(which == 2, words[2], words[3]))
 
 
 def _word(x: Tensor) -> Tensor:

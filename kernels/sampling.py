@@ -19,6 +19,7 @@ from appliance.kernels.launch import arrival_counters, cdiv, dependent_launch, n
 from appliance.kernels.scores import (
     FREQUENCY_PENALTY,
     LOG2_E,
+    NOISE_LANES,
     NUM_PARAMS,
     OUTPUT_INDEX,
     PRESENCE_PENALTY,
@@ -27,9 +28,10 @@ from appliance.kernels.scores import (
     SEED_LOW,
     TEMPERATURE,
     float_column,
-    gumbel,
+    gumbel_of,
     num_parts,
     ordered,
+    philox_words,
 )
 
 
@@ -41,9 +43,11 @@ def _argmax_kernel(
     """Program (part, row of logits): TILES tiles of BLOCK ids. Ties go to the lowest id."""
     part = tl.program_id(0)
     entry = tl.program_id(1)
-    lane = tl.arange(0, BLOCK)
-    best = tl.full([BLOCK], float("-inf"), tl.float32)
-    best_id = part * (TILES * BLOCK) + lane
+    lane = tl.arange(0, BLOCK // 4)
+    # A lane's four ids of a tile take the four words of one Philox call.
+    offset = lane // NOISE_LANES * (4 * NOISE_LANES) + lane % NOISE_LANES
+    best = tl.full([BLOCK // 4], float("-inf"), tl.float32)
+    best_id = part * (TILES * BLOCK) + offset
     source = logits + entry.to(tl.int64) * logits_stride
     temperature = 0.0
     index, low, high = 0, 0, 0
@@ -58,19 +62,23 @@ def _argmax_kernel(
         high = tl.load(row_params + row * NUM_PARAMS + SEED_HIGH)
     if temperature > 0:
         for tile in range(TILES):
-            ids = part * (TILES * BLOCK) + tile * BLOCK + lane
-            x = tl.load(source + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
-            x = tl.div_rn(x, tl.zeros_like(x) + temperature) + gumbel(ids, index, low, high)
-            better = x > best
-            best = tl.where(better, x, best)
-            best_id = tl.where(better, ids, best_id)
+            start = part * (TILES * BLOCK) + tile * BLOCK
+            words = philox_words(start // 4 + lane, index, low, high)
+            for word in tl.static_range(4):
+                ids = start + word * NOISE_LANES + offset
+                x = tl.load(source + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+                x = tl.div_rn(x, tl.zeros_like(x) + temperature) + gumbel_of(words[word])
+                better = x > best
+                best = tl.where(better, x, best)
+                best_id = tl.where(better, ids, best_id)
     else:
         for tile in range(TILES):
-            ids = part * (TILES * BLOCK) + tile * BLOCK + lane
-            x = tl.load(source + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
-            better = x > best
-            best = tl.where(better, x, best)
-            best_id = tl.where(better, ids, best_id)
+            for word in tl.static_range(4):
+                ids = part * (TILES * BLOCK) + tile * BLOCK + word * NOISE_LANES + offset
+                x = tl.load(source + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+                better = x > best
+                best = tl.where(better, x, best)
+                best_id = tl.where(better, ids, best_id)
     value = tl.max(best, axis=0)
     winner = tl.min(tl.where(best == value, best_id, 0x7FFFFFFF), axis=0)
     winner = tl.where(winner == 0x7FFFFFFF, 0, winner)  # a row of NaN
@@ -199,7 +207,7 @@ def _adjusted(logits: Tensor, batch: ops.SamplingBatch) -> Tensor:
 
 def _argmax(token_ids: Tensor, logits: Tensor, batch: ops.SamplingBatch) -> None:
     num_rows, vocab = logits.shape
-    block = min(2048, next_power_of_2(vocab))
+    block = 1024 if vocab <= 1024 else 2048
     parts = num_parts(num_rows, vocab, block, logits.device)
     values = torch.empty((num_rows, parts), dtype=torch.float32, device=logits.device)
     ids = torch.empty((num_rows, parts), dtype=torch.int32, device=logits.device)

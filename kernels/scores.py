@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from appliance.kernels import ops
+from appliance.kernels import ops, philox
 from appliance.kernels.launch import cdiv, next_power_of_2, num_multiprocessors
 
 OUTPUT_INDEX = tl.constexpr(ops.OUTPUT_INDEX)
@@ -22,6 +22,7 @@ PRESENCE_PENALTY = tl.constexpr(ops.PRESENCE_PENALTY)
 FREQUENCY_PENALTY = tl.constexpr(ops.FREQUENCY_PENALTY)
 NUM_PARAMS = tl.constexpr(ops.NUM_PARAMS)
 LOG2_E = tl.constexpr(1.4426950408889634)
+NOISE_LANES = tl.constexpr(philox.NOISE_LANES)
 
 
 @triton.jit
@@ -32,11 +33,17 @@ def float_column(row_params, row, column: tl.constexpr):
 
 @triton.jit
 def gumbel(ids, output_index, seed_low, seed_high):
-    """Twin of philox.gumbel_noise: -log(-log u), u = (word + 0.5) / 2^32, in float32 to a few units in the last place.
+    """Twin of philox.gumbel_noise at any ids. Where they are consecutive, `philox_words` of their counters costs a quarter."""
+    counters = ids // (4 * NOISE_LANES) * NOISE_LANES + ids % NOISE_LANES
+    w0, w1, w2, w3 = philox_words(counters, output_index, seed_low, seed_high)
+    which = ids // NOISE_LANES % 4
+    return gumbel_of(tl.where(which < 2, tl.where(which == 0, w0, w1), tl.where(which == 2, w2, w3)))
 
-    Near u = 1, where float32 has no room, -log u comes from the complement v = 1 - u: -log(1 - v) = 2 artanh(v / (2 - v)), by its series.
-    """
-    c0 = ids.to(tl.uint32)
+
+@triton.jit
+def philox_words(counters, output_index, seed_low, seed_high):
+    """The four words of Philox4x32-10 at (counters, output_index, 0, 0): twin of philox.philox4x32."""
+    c0 = counters.to(tl.uint32)
     c1 = tl.zeros_like(c0) + output_index.to(tl.uint32, bitcast=True)
     c2 = tl.zeros_like(c0)
     c3 = tl.zeros_like(c0)
@@ -53,8 +60,17 @@ def gumbel(ids, output_index, seed_low, seed_high):
         c3 = low0
         k0 = k0 + 0x9E3779B9
         k1 = k1 + 0xBB67AE85
-    upper = c0 >= 0x80000000
-    folded = tl.where(upper, c0 ^ 0xFFFFFFFF, c0)  # the word, or the complement's: below 2^31
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def gumbel_of(word):
+    """-log(-log u), u = (word + 0.5) / 2^32, in float32 to a few units in the last place.
+
+    Near u = 1, where float32 has no room, -log u comes from the complement v = 1 - u: -log(1 - v) = 2 artanh(v / (2 - v)), by its series.
+    """
+    upper = word >= 0x80000000
+    folded = tl.where(upper, word ^ 0xFFFFFFFF, word)  # the word, or the complement's: below 2^31
     v = (folded.to(tl.int32).to(tl.float32) + 0.5) * 2.3283064365386963e-10
     s = v / (2.0 - v)
     t = s * s

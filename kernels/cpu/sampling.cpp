@@ -20,9 +20,15 @@ struct DrawShape {
 
 namespace {
 
-// First word of Philox4x32-10 with counter (id, output_index, 0, 0).
-inline uint32_t philox(uint32_t id, uint32_t output_index, uint32_t key0, uint32_t key1) {
-  uint32_t c0 = id, c1 = output_index, c2 = 0, c3 = 0;
+constexpr int kNoiseLanes = 256;  // philox.NOISE_LANES: id v takes word (v / lanes) % 4 of counter v / (4 lanes) * lanes + v % lanes
+
+struct Words {
+  uint32_t word[4];
+};
+
+// Philox4x32-10 with counter (counter, output_index, 0, 0).
+inline Words philox(uint32_t counter, uint32_t output_index, uint32_t key0, uint32_t key1) {
+  uint32_t c0 = counter, c1 = output_index, c2 = 0, c3 = 0;
   for (int round = 0; round < 10; ++round) {
     uint64_t p0 = uint64_t(c0) * 0xD2511F53u, p1 = uint64_t(c2) * 0xCD9E8D57u;
     uint32_t n0 = uint32_t(p1 >> 32) ^ c1 ^ key0, n2 = uint32_t(p0 >> 32) ^ c3 ^ key1;
@@ -33,7 +39,7 @@ inline uint32_t philox(uint32_t id, uint32_t output_index, uint32_t key0, uint32
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
-  return c0;
+  return {{c0, c1, c2, c3}};
 }
 
 // log x for normal x > 0, absolute error below 1e-7, in a form that vectorises.
@@ -77,7 +83,7 @@ struct Best {
   int32_t id = 0;
 };
 
-constexpr int kSpan = 4096;    // ids of a piece of work
+constexpr int kSpan = 4096;    // ids of a piece of work, a multiple of 4 kNoiseLanes
 constexpr float kSlack = 1e-4f;  // more than fast_log and its float32 roundings may err, relative to 1 + |score|
 
 template <class T>
@@ -91,8 +97,14 @@ Best draw_span(const T* logits, int64_t begin, int64_t end, float temperature, u
   alignas(64) uint32_t words[kSpan];
   alignas(64) float scores[kSpan];
   int count = int(end - begin);
+  for (int group = 0; group < count; group += 4 * kNoiseLanes) {
+    uint32_t first = uint32_t(begin + group) / 4;
 #pragma omp simd
-  for (int i = 0; i < count; ++i) words[i] = philox(uint32_t(begin) + uint32_t(i), output_index, low, high);
+    for (int i = 0; i < kNoiseLanes; ++i) {
+      Words found = philox(first + uint32_t(i), output_index, low, high);
+      for (int w = 0; w < 4; ++w) words[group + w * kNoiseLanes + i] = found.word[w];
+    }
+  }
 #pragma omp simd
   for (int i = 0; i < count; ++i) scores[i] = float(-fast_log(-fast_log((double(int64_t(words[i])) + 0.5) * 0x1p-32)));
   for (int i = 0; i < count; ++i) scores[i] += to_float(logits[begin + i]) / temperature;
@@ -142,5 +154,8 @@ extern "C" void cpu_draw(const cpu::DrawShape* shape, const void* logits, int32_
 
 // The noise's random words and a batch's noise itself, for tests.
 extern "C" void cpu_philox(const int32_t* ids, int32_t count, uint32_t output_index, uint32_t low, uint32_t high, uint32_t* out) {
-  for (int i = 0; i < count; ++i) out[i] = cpu::philox(uint32_t(ids[i]), output_index, low, high);
+  for (int i = 0; i < count; ++i) {
+    uint32_t id = uint32_t(ids[i]), lanes = cpu::kNoiseLanes;
+    out[i] = cpu::philox(id / (4 * lanes) * lanes + id % lanes, output_index, low, high).word[id / lanes % 4];
+  }
 }

@@ -16,7 +16,7 @@ from torch import Tensor
 from appliance.kernels import ops as k
 from appliance.kernels.cpu.build import CACHE_VARIABLE, load_library
 from appliance.kernels.cpu_ops import CpuOps
-from appliance.kernels.philox import philox4x32
+from appliance.kernels.philox import noise_words
 from appliance.kernels.reference import ReferenceOps
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -233,13 +233,12 @@ def test_step_bookkeeping_equals_the_reference(ops: CpuOps, with_chunks: bool) -
 
 
 def test_philox_words_are_the_reference_bits(ops: CpuOps) -> None:
-    """The generator's first words equal the twin's for extreme ids, indices and keys."""
-    ids = torch.tensor([0, 1, 2, 4095, 4096, 49151, 2**31 - 1], dtype=torch.int32)
+    """The noise's words equal the twin's for ids of every word and for extreme ids, indices and keys."""
+    ids = torch.tensor([0, 1, 2, 255, 256, 600, 1023, 4095, 4096, 49151, 2**31 - 1], dtype=torch.int32)
     for index, low, high in ((0, 0, 0), (1, 0xFFFFFFFF, 0x80000000), (2**32 - 1, 123456789, 987654321)):
         out = torch.empty_like(ids)
         ops._library.cpu_philox(ids.data_ptr(), len(ids), index, low, high, out.data_ptr())
-        zero = torch.zeros((), dtype=torch.int64)
-        words = philox4x32((ids.long(), torch.tensor(index), zero, zero), (torch.tensor(low), torch.tensor(high)))[0]
+        words = noise_words(ids, torch.tensor(index), torch.tensor(low), torch.tensor(high))
         assert torch.equal(out.long() & 0xFFFFFFFF, words)
 
 

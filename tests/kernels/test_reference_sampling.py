@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from appliance.kernels import ops as k
 from appliance.kernels import reference_sampling
-from appliance.kernels.philox import gumbel_noise, philox4x32
+from appliance.kernels.philox import gumbel_noise, noise_words, philox4x32
 from appliance.kernels.reference import ReferenceOps
 
 OPS = ReferenceOps()
@@ -241,6 +241,16 @@ def test_philox_has_the_words_of_random123(counter: tuple[int, ...], key: tuple[
     c0, c1, c2, c3 = (torch.tensor(word) for word in counter)
     k0, k1 = (torch.tensor(word) for word in key)
     assert tuple(int(word) for word in philox4x32((c0, c1, c2, c3), (k0, k1))) == words
+
+
+def test_noise_takes_every_word_of_every_counter_once() -> None:
+    """Over 1,024 ids: the four words of 256 counters, each at the id that the definition names."""
+    index, low, high = torch.tensor(3), torch.tensor(17), torch.tensor(5)
+    found = noise_words(torch.arange(2048), index, low, high)
+    zero = torch.tensor(0)
+    words = philox4x32((torch.arange(512), index, zero, zero), (low, high))
+    expected = torch.stack([word.view(2, 256) for word in words], dim=1)  # [counters' block, word, lane]
+    assert torch.equal(found, expected.flatten())
 
 
 def test_noise_is_finite_at_the_extreme_words_and_takes_signed_seeds() -> None:
