@@ -31,6 +31,10 @@ class ApiKeys:
                 found = name
         return found
 
+    def digest_of(self, name: str) -> bytes | None:
+        """A digest that changes when the key of that name is replaced; None if there is no such key."""
+        return next((hashlib.sha256(known).digest() for known_name, known in self._keys if known_name == name), None)
+
 
 def load_keys(server: ServerSettings) -> ApiKeys:
     """The keys of `api_keys_file` (`name:key` or a bare key a line; # begins a comment) and of `api_key`. Raises ConfigError.

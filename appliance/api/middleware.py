@@ -45,8 +45,9 @@ async def serve(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         request[KEY_ID] = _authenticate(services, request)
     except ApplianceError as error:
-        _log_other(services, request, request_id, error.status, received_at)
-        return error_response(error)
+        refusal = _invite(services, request) or error_response(error)
+        _log_other(services, request, request_id, refusal.status, received_at)
+        return refusal
     if _route(request) not in GENERATION_ROUTES or request.method != "POST":
         status = _CLIENT_GONE
         try:
@@ -136,19 +137,26 @@ def _log_other(services: Services, request: web.Request, request_id: str, status
 def _authenticate(services: Services, request: web.Request) -> str:
     """The key's name, "" where keys are off or the route is open. Raises AuthenticationFailed.
 
-    Open is what the router resolved to one of two handlers: no Host header, absolute URL or encoded path can make another route look open,
-    and unknown paths are closed.
+    Open is what the router resolved to one of a few handlers: no Host header, absolute URL or encoded path can make another route look open,
+    and unknown paths are closed. A browser may show a session cookie instead of a key, where its login says so.
     """
-    if not services.keys or _route(request) in OPEN_ROUTES:
+    route, browser = _route(request), services.browser_login
+    if not services.keys or route in OPEN_ROUTES or (browser is not None and route in browser.open_routes):
         return ""
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     secret = token.strip() if scheme.lower() == "bearer" else request.headers.get("X-Api-Key", "")
     if not secret:
+        if browser is not None and (by_cookie := browser.key_name(request, route)) is not None:
+            return by_cookie
         raise AuthenticationFailed("no API key: send it as `Authorization: Bearer KEY`")
     name = services.keys.name_of(secret)
     if name is None:
         raise AuthenticationFailed("the API key is not known")
     return name
+
+
+def _invite(services: Services, request: web.Request) -> web.Response | None:
+    return services.browser_login.invite(request) if services.browser_login is not None else None
 
 
 def _route(request: web.Request) -> str | None:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from aiohttp import web
+
 from appliance.api.keys import ApiKeys
 from appliance.clock import Clock
 from appliance.engine.client import EngineClient
@@ -36,6 +38,18 @@ class ApiObserver(Protocol):
 
     def on_request(self, record: RequestRecord) -> None:
         """A request ended, whatever its end."""
+
+
+class BrowserLogin(Protocol):
+    """How a browser gets in without sending a key each time. Implemented by the console."""
+
+    open_routes: frozenset[str]  # patterns of the routes that anyone may ask: the login page
+
+    def key_name(self, request: web.Request, route: str | None) -> str | None:
+        """The name of the key that the request's cookie stands for; None where there is none, or where it does not count for `route`."""
+
+    def invite(self, request: web.Request) -> web.Response | None:
+        """What to answer instead of 401 to a browser that opens a page; None for everything else."""
 
 
 class Drain:
@@ -83,3 +97,4 @@ class Services:
     metrics_text: Callable[[str], tuple[bytes, str]]
     on_record: Callable[[RequestRecord], None]
     tracing: Tracing = NO_TRACING
+    browser_login: BrowserLogin | None = None
