@@ -27,6 +27,52 @@ class LedgerState(enum.StrEnum):
     RECEIVED = "received"  # headers read, body being read and validated
 
 
+class BlockEnds(msgspec.Struct, frozen=True, array_like=True):
+    """KV blocks whose content ended since the last report: given up for another, or freed where nobody can find it.
+
+    Counts are pairs (bit length of the value, number of blocks): bit length b holds values from 2^(b-1) to 2^b - 1, and 0 holds 0. Times are whole
+    milliseconds. `idle` is of evicted blocks alone.
+    """
+
+    lifetimes: tuple[tuple[int, int], ...]  # allocation to the end of the content
+    lifetime_seconds: float  # their sum
+    idles: tuple[tuple[int, int], ...]  # last use to eviction
+    idle_seconds: float
+    reuses: tuple[tuple[int, int], ...]  # how often another sequence found the content
+    num_reuses: int
+
+
+class StepCosts(msgspec.Struct, frozen=True):
+    """What the model's arithmetic takes, and what the device could do at best. 0 where it is not known.
+
+    The operations are those that the mathematics needs: causal attention over the positions that exist, no padding, a product counted as two. The
+    bytes are the least that must move: every weight once a step, K and V of each decode's context once, new K and V once; a prefill chunk reads
+    its context once.
+    """
+
+    flops_per_token: float = 0.0  # 2 x the weights that every token is multiplied with
+    flops_per_sample: float = 0.0  # 2 x the output head
+    flops_per_pair: float = 0.0  # attention of one query to one position, all layers: 4 x layers x heads x head_dim
+    weight_bytes: int = 0
+    kv_bytes_per_token: int = 0
+    peak_flops: float = 0.0  # dense, at the model's dtype, a second
+    peak_bytes_per_second: float = 0.0
+
+    def flops(self, stats: StepStats) -> float:
+        """Operations of a step: linear layers of its tokens, the head of those that sample, attention of decodes and chunks."""
+        num_tokens = stats.num_decode_tokens + stats.num_prefill_tokens
+        pairs = stats.num_context_tokens + stats.num_prefill_pairs
+        return num_tokens * self.flops_per_token + stats.num_sampled_tokens * self.flops_per_sample + pairs * self.flops_per_pair
+
+    def moved_bytes(self, stats: StepStats) -> float:
+        """Bytes that a step moves at least; 0 for one without tokens."""
+        num_tokens = stats.num_decode_tokens + stats.num_prefill_tokens
+        if not num_tokens:
+            return 0.0
+        read = stats.num_context_tokens + sum(start for _, start, _, _ in stats.chunks)
+        return self.weight_bytes + (read + num_tokens) * self.kv_bytes_per_token
+
+
 class StepStats(msgspec.Struct, frozen=True, array_like=True):
     """One engine step, measured in the engine process. Sent with every step; gauges are values at the end of the step."""
 
@@ -53,6 +99,21 @@ class StepStats(msgspec.Struct, frozen=True, array_like=True):
     num_surplus_tokens: int  # sampled, then discarded (past a stop), since the last step
     graph_hit: bool
     free_bytes: int = 0  # device memory free, 0 on CPU
+    busy_seconds: float = 0.0  # time that this step took beyond the end of the one before it
+    num_context_tokens: int = 0  # positions that the step's decodes attend to, over all of them
+    num_sampled_tokens: int = 0  # rows that got a token: decodes and final chunks
+    num_backlog_tokens: int = 0  # still to be prefilled: of waiting sequences, and the rest of those in prefill
+    num_findable_blocks: int = 0  # with a prefix hash, referenced or free
+    num_allocated_blocks: int = 0  # handed out since the last step
+    num_reused_blocks: int = 0  # found by a prefix lookup since the last step
+    num_evicted_blocks: int = 0  # cached blocks handed out anew since the last step
+    chunks: tuple[tuple[int, int, int, bool], ...] = ()  # of this step: (sequence_id, start, length, final)
+    block_ends: BlockEnds | None = None
+
+    @property
+    def num_prefill_pairs(self) -> int:
+        """Pairs of a query and a position it attends to, over the step's chunks."""
+        return sum(length * start + length * (length + 1) // 2 for _, start, length, _ in self.chunks)
 
 
 class EngineEvent(msgspec.Struct, frozen=True):

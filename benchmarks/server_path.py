@@ -80,7 +80,9 @@ def run_engine(fd: int, num_streams: int, steps_per_second: float) -> None:
 def _play(sock: socket.socket, batch: Sequence[Submit], steps_per_second: float) -> None:
     ids = [submit.sequence_id for submit in batch]
     packed, num_steps, text = pack_ids(ids), batch[0].sampling.max_tokens, _TEXT.encode()
-    stats = StepStats(**{**dict.fromkeys(StepStats.__struct_fields__, 0), "graph_hit": True, "num_running": len(ids)})  # type: ignore[arg-type]
+    stats = StepStats(
+        **{**dict.fromkeys(StepStats.__struct_fields__, 0), "chunks": (), "block_ends": None, "graph_hit": True, "num_running": len(ids)}
+    )  # type: ignore[arg-type]
     events = tuple(SequenceEvent(sequence_id, kind, time.monotonic()) for sequence_id in ids for kind in ("scheduled", "prefilled"))
     next_at = time.monotonic()
     for step in range(num_steps):

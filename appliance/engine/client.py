@@ -7,6 +7,7 @@ from typing import Protocol
 
 import msgspec
 
+from appliance.engine.costs import Bill
 from appliance.engine.wire import Heartbeat, Ready, Sampling, SequenceEvent, TokenLogprobs
 from appliance.events import EngineEvent, StepStats
 
@@ -40,6 +41,7 @@ class Generation(Protocol):
     num_cached_tokens: int
     num_preemptions: int
     num_restarts: int
+    bill: Bill  # complete once it has ended
 
     async def next(self) -> Delta:
         """Wait until there is something, then take all of it. After a Delta with a finish_reason or an error only that end comes again."""

@@ -69,6 +69,7 @@ class Engine:
         self._report = _Report()
         self._num_steps = 0
         self._last_done_at = 0.0
+        self._pool_totals = (0, 0, 0)  # blocks allocated, reused and evicted, as last reported
 
     @property
     def has_work(self) -> bool:
@@ -105,6 +106,7 @@ class Engine:
     def step(self) -> StepOutput | None:
         """Launch the next step if there is one, read the oldest one that is due, and report. None: nothing to say."""
         started_at = time.monotonic()
+        self.pool.now = int(started_at * 1000)
         self._expire(started_at)
         self.scheduler.chunk_budget = self.chunk_policy.budget
         plan = self.scheduler.schedule(started_at)
@@ -119,14 +121,14 @@ class Engine:
             else:
                 plan = None
         if not self._in_flight or (plan is not None and len(self._in_flight) <= self._depth):
-            return None if self._report.is_empty else self._output(None, started_at, 0.0, time.monotonic())
+            return None if self._report.is_empty else self._output(None, started_at, 0.0, time.monotonic(), 0.0)
         oldest = self._in_flight.popleft()
         waiting_from = time.monotonic()
         result = self.runner.collect(oldest.launched)
         done_at = time.monotonic()
         self._process(oldest.launched, result, done_at)
-        self._learn(oldest, done_at)
-        return self._output(oldest, oldest.started_at, done_at - waiting_from, done_at)
+        busy_seconds = self._learn(oldest, done_at)
+        return self._output(oldest, oldest.started_at, done_at - waiting_from, done_at, busy_seconds)
 
     def _launch(self, plan: StepPlan, started_at: float) -> None:
         scheduled_at = time.monotonic()
@@ -169,14 +171,15 @@ class Engine:
                 where = "running" if sequence.row is not None else "waiting"
                 self._end(sequence, "deadline", f"the deadline passed while it was {where}")
 
-    def _learn(self, step: _InFlight, done_at: float) -> None:
-        """Feed the chunk policy with the time this step took beyond the one before it."""
+    def _learn(self, step: _InFlight, done_at: float) -> float:
+        """Feed the chunk policy with the time this step took beyond the one before it; returns that time."""
         plan = step.launched.plan
         seconds = done_at - max(step.started_at, self._last_done_at)
         self._last_done_at = done_at
         self.chunk_policy.observe(len(plan.decodes), plan.num_prefill_tokens, seconds)
+        return seconds
 
-    def _output(self, step: _InFlight | None, started_at: float, wait_seconds: float, done_at: float) -> StepOutput:
+    def _output(self, step: _InFlight | None, started_at: float, wait_seconds: float, done_at: float, busy_seconds: float) -> StepOutput:
         report, self._report = self._report, _Report()
         scheduler, pool = self.scheduler, self.pool
         oldest = scheduler.waiting.oldest_queued_at()
@@ -184,6 +187,8 @@ class Engine:
         self._num_steps += step is not None
         query, hit = scheduler.prefix_query_tokens, scheduler.prefix_hit_tokens
         scheduler.prefix_query_tokens = scheduler.prefix_hit_tokens = 0
+        num_used_tokens, num_backlog_tokens = scheduler.count_tokens()
+        before, self._pool_totals = self._pool_totals, (pool.num_allocated, pool.num_reused, pool.num_evicted)
         packed_sequences, packed_tokens = pack_ids(report.sequence_ids), pack_ids(report.token_ids)
         now = time.monotonic()
         stats = StepStats(
@@ -202,13 +207,23 @@ class Engine:
             num_blocks=pool.num_blocks,
             num_used_blocks=pool.num_used,
             num_cached_blocks=pool.num_cached,
-            num_used_tokens=scheduler.num_used_tokens(),
+            num_used_tokens=num_used_tokens,
             prefix_query_tokens=query,
             prefix_hit_tokens=hit,
             num_preemptions=report.num_preemptions,
             num_aborted=report.num_aborted,
             num_surplus_tokens=report.num_surplus,
             graph_hit=step.launched.graph_hit if step else False,
+            busy_seconds=busy_seconds,
+            num_context_tokens=plan.num_context_tokens,
+            num_sampled_tokens=len(step.launched.sequences) if step else 0,
+            num_backlog_tokens=num_backlog_tokens,
+            num_findable_blocks=pool.num_findable,
+            num_allocated_blocks=pool.num_allocated - before[0],
+            num_reused_blocks=pool.num_reused - before[1],
+            num_evicted_blocks=pool.num_evicted - before[2],
+            chunks=tuple((chunk.sequence.id, chunk.start, chunk.length, chunk.final) for chunk in plan.chunks),
+            block_ends=pool.take_ends(),
         )
         return StepOutput(
             stats=stats,

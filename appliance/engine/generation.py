@@ -12,6 +12,7 @@ from typing import Protocol
 import msgspec
 
 from appliance.engine.client import Delta, SequenceRequest
+from appliance.engine.costs import Bill
 from appliance.engine.wire import Sampling, SequenceEvent, Submit, TokenLogprobs, pack_ids
 
 _logger = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class OpenSequence:
         "_times",
         "_waiter",
         "_wakeups",
+        "bill",
         "cache_salt",
         "deadline_at",
         "hears_tokens",
@@ -127,6 +129,7 @@ class OpenSequence:
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.num_restarts = 0
+        self.bill = Bill()
         self.hears_tokens = True  # every one wakes its reader, not only the first
         self._owner = owner
         self._wakeups = wakeups

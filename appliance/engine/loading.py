@@ -15,6 +15,7 @@ from appliance.engine import sizing
 from appliance.engine.block_pool import BlockPool
 from appliance.engine.chunk_policy import ChunkPolicy
 from appliance.engine.cuda_graphs import CHUNK_TOKEN_SIZES
+from appliance.engine.device_peaks import step_costs
 from appliance.engine.engine import Engine
 from appliance.engine.model_runner import ModelRunner
 from appliance.engine.scheduler import SchedulerLimits
@@ -86,6 +87,7 @@ def build_engine(start: Start, phase: PhaseReporter, announce: Callable[[Events]
         start.model_path, ops=ops, device=device, dtype=dtype, quantization=start.quantization, progress=phase.progress, seed=start.seed
     )
     phase.enter("compile", "first run of the kernels")
+    costs = step_costs(decoder, device, kv_bytes_per_token(decoder, kv_dtype))  # before the cache takes the memory
     limits, sizes = _size(start, device, decoder, ops, kv_dtype)
     pool = BlockPool(sizes.num_blocks)
     runner = ModelRunner(
@@ -117,6 +119,9 @@ def build_engine(start: Start, phase: PhaseReporter, announce: Callable[[Events]
         kv_bytes_per_token=kv_bytes_per_token(decoder, kv_dtype),
         load_seconds=time.monotonic() - started,
         reasons=sizes.reasons,
+        kv_dtype=str(kv_dtype).removeprefix("torch."),
+        prefix_caching=start.prefix_caching,
+        costs=costs,
     )
     return engine, ready
 

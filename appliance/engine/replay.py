@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from appliance.engine.client import SequenceRequest
+from appliance.engine.costs import CostMeter
 from appliance.engine.generation import OpenSequence, Stage, Wakeups
 from appliance.engine.wire import Abort, Finish, Ready, Rejected, SequenceEvent, StepOutput, Submit, TokenLogprobs, unpack_ids
 from appliance.errors import ApplianceError, ContextLengthExceeded, DeadlineExceeded, EngineFailed, Unavailable
+from appliance.events import StepStats
 
 SUSPECT_CRASHES = 2  # in flight at so many crashes, a sequence must run alone before it may run beside others
 # Tokens that a suspect must gain alone to be cleared. It is resumed at the very position of the crash, so what kills the engine does so in
@@ -43,6 +45,7 @@ class SequenceTable:
     """
 
     def __init__(self, max_waiting: int) -> None:
+        self.costs = CostMeter()
         self.num_stale_tokens = 0  # for sequences that had ended here
         self.num_completed = 0  # ended by themselves, or cleared while alone: signs of an engine that works
         self._max_waiting = max_waiting
@@ -104,6 +107,7 @@ class SequenceTable:
 
         Raises ValueError if the arrays do not match. Events come first ("scheduled" goes ahead of the token that it led to), ends last.
         """
+        self._charge(step.stats)
         self.on_events(step.events)
         open_, logprobs = self._open, step.logprobs
         last_times: dict[float, int] = {}
@@ -146,6 +150,7 @@ class SequenceTable:
             elif event.kind == "preempted":
                 sequence.num_preemptions += 1
                 sequence.stage, sequence.settled = Stage.PREEMPTED, False
+                self.costs.leave(sequence.bill)
             elif event.kind == "resumed":
                 self._mark_running(sequence)
             if not sequence.replaying:
@@ -174,6 +179,7 @@ class SequenceTable:
         """A fresh engine is ready: send what is held."""
         self._link, self._announces, self._queue_full = link, False, False
         self._max_num_seqs, self._context_length = ready.max_num_seqs, ready.context_length
+        self.costs.costs = ready.costs
         self.pump(now)
 
     def detach(self, now: float, cause: str) -> bool:
@@ -196,6 +202,7 @@ class SequenceTable:
             if (reason := sequence.stopped_by_own_rules(self._context_length)) is not None:
                 self._end(sequence, reason)
                 continue
+            self.costs.leave(sequence.bill)
             sequence.stage, sequence.settled = Stage.HELD, False
             sequence.num_restarts += 1
             if not sequence.replaying:
@@ -237,6 +244,18 @@ class SequenceTable:
             self._end(sequence, None, error())
 
     # Steps of the above.
+
+    def _charge(self, stats: StepStats) -> None:
+        """Split the step's time over its sequences."""
+        costs = self.costs
+        costs.charge_step(stats)
+        for sequence_id, start, length, final in stats.chunks:
+            sequence = self._open.get(sequence_id)
+            if sequence is None or sequence.stage is Stage.HELD:
+                continue
+            costs.charge_chunk(sequence.bill, start, length)
+            if final and sequence.stage is not Stage.PREEMPTED:  # else it lost its blocks before this step was read
+                costs.join(sequence.bill, start + length)
 
     def _next_id(self) -> int:
         sequence_id = next(self._ids)
@@ -330,6 +349,7 @@ class SequenceTable:
     def _leave_engine(self, sequence: OpenSequence) -> None:
         if sequence.stage is Stage.SENT:
             self._num_unscheduled -= 1
+        self.costs.leave(sequence.bill)
         sequence.stage, sequence.settled = Stage.HELD, False
 
     def _end_and_tell(self, sequence: OpenSequence, frame: Abort | Finish, reason: str | None, error: ApplianceError | None = None) -> None:
@@ -350,6 +370,7 @@ class SequenceTable:
             self._num_unscheduled -= 1
         if not sequence.was_scheduled:
             self._num_never_scheduled -= 1
+        self.costs.leave(sequence.bill)
         sequence.end(reason, error)
 
 

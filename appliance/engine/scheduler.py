@@ -45,6 +45,7 @@ class StepPlan:
     new_blocks: list[tuple[int, int, int]] = field(default_factory=list)  # (row, index in its block table, block)
     events: list[SequenceEvent] = field(default_factory=list)
     num_preemptions: int = 0
+    num_context_tokens: int = 0  # positions that the decodes attend to, over all of them
 
     @property
     def num_prefill_tokens(self) -> int:
@@ -116,10 +117,16 @@ class Scheduler:
             self.pool.register(sequence.blocks[index], sequence.hashes[index])
         sequence.num_registered = known // size
 
-    def num_used_tokens(self) -> int:
-        """Tokens whose KV lies in referenced blocks, shared blocks counted once per pool block."""
-        shared = sum(len(sequence.blocks) for sequence in self.running) - self.pool.num_used
-        return sum(sequence.num_computed for sequence in self.running) - shared * self.limits.block_size
+    def count_tokens(self) -> tuple[int, int]:
+        """Tokens whose KV lies in referenced blocks, a shared block counted once; and tokens still to be prefilled, waiting ones included."""
+        num_computed = num_blocks = 0
+        backlog = self.waiting.num_tokens
+        for sequence in self.running:
+            num_computed += sequence.num_computed
+            num_blocks += len(sequence.blocks)
+            if sequence.is_prefilling:
+                backlog += len(sequence.token_ids) - sequence.num_computed
+        return num_computed - (num_blocks - self.pool.num_used) * self.limits.block_size, backlog
 
     def _schedule_decodes(self, plan: StepPlan, now: float) -> None:
         size = self.limits.block_size
@@ -238,6 +245,7 @@ class Scheduler:
     def _mark_launched(self, plan: StepPlan, now: float) -> None:
         for sequence in plan.decodes:
             sequence.num_computed = sequence.num_tokens
+            plan.num_context_tokens += sequence.num_tokens
             sequence.num_tokens += 1
             self.waiting.charge(sequence.key_id, 1)
         in_chunks = set()

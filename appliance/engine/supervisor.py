@@ -102,6 +102,10 @@ class SupervisedEngine:
         """Crashes within the restart window that count against `max_restarts`."""
         return len(self._crash_times)
 
+    def set_serving_watts(self, watts: float | None) -> None:
+        """The device's power while it works, from now on; what sequences take is priced with it. None: not known."""
+        self._table.costs.watts = watts
+
     # EngineClient
 
     async def start(self) -> None:

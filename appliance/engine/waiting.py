@@ -20,6 +20,8 @@ class WaitingQueue:
         self._by_key: dict[tuple[int, str], deque[Sequence]] = {}
         self._served: dict[str, float] = {}
         self._count = 0
+        self._tokens: dict[int, int] = {}  # sequence id -> tokens to prefill
+        self.num_tokens = 0  # to prefill, over all that wait; a prefix that the cache still holds included
 
     def __len__(self) -> int:
         return self._count + len(self._returned)
@@ -39,11 +41,13 @@ class WaitingQueue:
             self._served[sequence.key_id] = max(self._served.get(sequence.key_id, 0.0), floor)
         self._by_key[slot].append(sequence)
         self._count += 1
+        self._count_tokens(sequence)
 
     def push_back(self, sequence: Sequence) -> None:
         """Take back a preempted sequence, ahead of the queue."""
         self._returned.append(sequence)
         self._returned.sort(key=lambda item: item.arrival)
+        self._count_tokens(sequence)
 
     def charge(self, key_id: str, num_tokens: int) -> None:
         """Count tokens computed for a key."""
@@ -61,6 +65,7 @@ class WaitingQueue:
         """Take out a sequence, wherever it stands. Raises ValueError if it is not here."""
         if sequence in self._returned:
             self._returned.remove(sequence)
+            self.num_tokens -= self._tokens.pop(sequence.id)
             return
         slot = (sequence.priority, sequence.key_id)
         queue = self._by_key.get(slot)
@@ -71,6 +76,7 @@ class WaitingQueue:
         else:
             queue.remove(sequence)
         self._count -= 1
+        self.num_tokens -= self._tokens.pop(sequence.id)
         if not queue:
             del self._by_key[slot]
             if not self._by_key:
@@ -81,6 +87,10 @@ class WaitingQueue:
         heads = [sequence.queued_at for sequence in self._returned]
         heads.extend(queue[0].queued_at for queue in self._by_key.values())
         return min(heads, default=None)
+
+    def _count_tokens(self, sequence: Sequence) -> None:
+        self._tokens[sequence.id] = len(sequence.token_ids)
+        self.num_tokens += len(sequence.token_ids)
 
     def _best_slot(self) -> tuple[int, str] | None:
         if not self._by_key:

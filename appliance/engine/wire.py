@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from appliance.events import StepStats
+from appliance.events import StepCosts, StepStats
 
 MAX_FRAME_BYTES = 256 * 1024 * 1024
 _LENGTH = struct.Struct("<I")
@@ -123,6 +123,9 @@ class Ready(msgspec.Struct, frozen=True, tag="ready", kw_only=True):
     kv_bytes_per_token: int
     load_seconds: float
     reasons: tuple[str, ...]
+    kv_dtype: str = ""
+    prefix_caching: bool = True
+    costs: StepCosts = StepCosts()
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):

@@ -234,7 +234,7 @@ class FakeEngine:
 
     def stats(self, started_at: float, num_tokens: int) -> StepStats:
         """Plausible numbers."""
-        zeros = dict.fromkeys(StepStats.__struct_fields__, 0)
+        zeros = {**dict.fromkeys(StepStats.__struct_fields__, 0), "chunks": (), "block_ends": None}
         fields = {"step": self.num_steps, "started_at": started_at, "num_decode_tokens": num_tokens, "num_running": len(self.running)}
         return StepStats(**{**zeros, **fields, "num_waiting": len(self.waiting), "graph_hit": False})  # type: ignore[arg-type]
 

@@ -8,7 +8,7 @@ from appliance.engine.replay import SequenceTable
 from appliance.engine.wire import Abort, Events, Finish, Ready, Rejected, SequenceEvent, StepOutput, Submit, TokenLogprobs, pack_ids, unpack_ids
 from appliance.events import StepStats
 
-STATS = StepStats(**{**dict.fromkeys(StepStats.__struct_fields__, 0), "graph_hit": False})  # type: ignore[arg-type]
+STATS = StepStats(**{**dict.fromkeys(StepStats.__struct_fields__, 0), "chunks": (), "block_ends": None, "graph_hit": False})  # type: ignore[arg-type]
 
 
 def ready(max_num_seqs: int = 4, context_length: int = 4096) -> Ready:

@@ -63,7 +63,9 @@ to_engine = st.one_of(
     ),
 )
 events = st.lists(st.builds(SequenceEvent, sequence_id, text, finite, st.integers(0, 10**6)), max_size=4).map(tuple)
-stats = st.integers(0, 10**9).map(lambda step: StepStats(**{**dict.fromkeys(StepStats.__struct_fields__, 0), "step": step, "graph_hit": True}))
+stats = st.integers(0, 10**9).map(
+    lambda step: StepStats(**{**dict.fromkeys(StepStats.__struct_fields__, 0), "chunks": (), "block_ends": None, "step": step, "graph_hit": True})
+)
 logprobs = st.dictionaries(sequence_id, st.builds(TokenLogprobs, finite, sequence_id, st.just((1, 2)), st.just((-1.0, -2.0))), max_size=3)
 from_engine = st.one_of(
     st.builds(Heartbeat, text, finite, st.just(float("inf")) | finite, finite, text),
