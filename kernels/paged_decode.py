@@ -42,6 +42,14 @@ def power_of_two(scale_bytes):
     return ((scale_bytes.to(tl.uint8, bitcast=True).to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def load_scales(key_scales, value_scales, table, keys, end, stride_block, BLOCK_SIZE: tl.constexpr):
+    """Scale bytes of `keys` before `end`, 0 for others. The compiler pipelines no loads of bytes: loops take those of the next tile ahead."""
+    inside = keys < end
+    at = tl.load(table + keys // BLOCK_SIZE, mask=inside, other=0).to(tl.int64) * stride_block + keys % BLOCK_SIZE
+    return tl.load(key_scales + at, mask=inside, other=0.0), tl.load(value_scales + at, mask=inside, other=0.0)
+
+
 @triton.jit(do_not_specialize=["context_lens", "rows", "block_tables"])
 def _paged_decode_kernel(
     out, partial, partial_stats, counters, q, key_cache, value_cache, context_lens, rows, block_tables, table_stride, qk_scale,
@@ -87,9 +95,17 @@ def _paged_decode_kernel(
     peak = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    if FP8:
+        key_scales = key_cache + HKV * BLOCK_SIZE * D + head * BLOCK_SIZE
+        value_scales = value_cache + HKV * BLOCK_SIZE * D + head * BLOCK_SIZE
+        key_bytes, value_bytes = load_scales(key_scales, value_scales, table, low + n, high, stride_block, BLOCK_SIZE)
     for start in range(low, high, BLOCK_N):
         keys = start + n
         inside = keys < high
+        if FP8:
+            key_factors = power_of_two(key_bytes)
+            value_factors = power_of_two(value_bytes)
+            key_bytes, value_bytes = load_scales(key_scales, value_scales, table, keys + BLOCK_N, high, stride_block, BLOCK_SIZE)
         blocks = tl.load(table + keys // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
         at = blocks[:, None] * stride_block + (keys % BLOCK_SIZE)[:, None] * D + d[None, :]
         if BLOCK_D == D:
@@ -100,8 +116,7 @@ def _paged_decode_kernel(
             v = tl.load(value_head + at, mask=inside[:, None] & (d < D)[None, :], other=0.0)
         scores = tl.dot(query, tl.trans(k.to(query.dtype)), input_precision=PRECISION) * qk_scale
         if FP8:
-            scale_at = blocks * stride_block + HKV * BLOCK_SIZE * D + head * BLOCK_SIZE + keys % BLOCK_SIZE
-            scores *= power_of_two(tl.load(key_cache + scale_at))[None, :]
+            scores *= key_factors[None, :]
         if WINDOW > 0:
             inside = inside & (keys >= context - WINDOW)
         scores = tl.where(inside[None, :], scores, float("-inf"))
@@ -113,7 +128,7 @@ def _paged_decode_kernel(
         shrink = tl.exp2(peak - base)
         total = total * shrink + tl.sum(p, axis=1)
         if FP8:
-            p *= power_of_two(tl.load(value_cache + scale_at, mask=inside, other=0.0))[None, :]
+            p *= value_factors[None, :]
         acc = acc * shrink[:, None] + tl.dot(p.to(query.dtype), v.to(query.dtype), input_precision=PRECISION)
         peak = new_peak
 

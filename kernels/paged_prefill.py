@@ -20,7 +20,7 @@ from torch import Tensor
 from appliance.kernels.kv_cache import FP8
 from appliance.kernels.launch import next_power_of_2
 from appliance.kernels.ops import AttentionBatch
-from appliance.kernels.paged_decode import power_of_two
+from appliance.kernels.paged_decode import load_scales, power_of_two
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,8 @@ def _attend(
     """Fold keys [low, high) into the running softmax. Not MASKED promises that every row sees every key of the range."""
     d = tl.arange(0, BLOCK_D)
     n = tl.arange(0, BLOCK_N)
+    if FP8:
+        key_bytes, value_bytes = load_scales(key_scales, value_scales, table, low + n, high, stride_block, BLOCK_SIZE)
     for start in range(low, high, BLOCK_N):
         keys = start + n
         if MASKED:
@@ -53,10 +55,13 @@ def _attend(
             k = tl.load(key_head + at)
         else:
             k = tl.load(key_head + at, mask=(d < D)[None, :], other=0.0)
-        scores = tl.dot(query, tl.trans(k.to(query.dtype)), input_precision=PRECISION)
-        if FP8:
-            scale_at = blocks * stride_block + keys % BLOCK_SIZE
-            scores *= power_of_two(tl.load(key_scales + scale_at))[None, :]
+        k = k.to(query.dtype)
+        if FP8:  # exact in float16
+            key_factors = power_of_two(key_bytes) * 0.00390625
+            value_factors = power_of_two(value_bytes) * 0.00390625
+            key_bytes, value_bytes = load_scales(key_scales, value_scales, table, keys + BLOCK_N, high, stride_block, BLOCK_SIZE)
+            k *= key_factors.to(query.dtype)[:, None]
+        scores = tl.dot(query, tl.trans(k), input_precision=PRECISION)
         if MASKED:  # what lies past the context is not ours: a NaN there must not reach the product
             v = tl.load(value_head + at, mask=(keys < context)[:, None] & (d < D)[None, :], other=0.0)
         elif BLOCK_D == D:
@@ -75,13 +80,11 @@ def _attend(
         p = tl.exp2(scores * qk_scale - base[:, None])
         shrink = tl.exp2(peak - base)
         total = total * shrink + tl.sum(p, axis=1)
-        if FP8:
-            if MASKED:
-                p *= power_of_two(tl.load(value_scales + scale_at, mask=keys < context, other=0.0))[None, :]
-            else:
-                p *= power_of_two(tl.load(value_scales + scale_at))[None, :]
         acc = acc * shrink[:, None]
-        acc = tl.dot(p.to(query.dtype), v.to(query.dtype), acc, input_precision=PRECISION)
+        v = v.to(query.dtype)
+        if FP8:
+            v *= value_factors.to(query.dtype)[:, None]
+        acc = tl.dot(p.to(query.dtype), v, acc, input_precision=PRECISION)
         peak = new_peak
     return acc, total, peak
 
@@ -125,7 +128,6 @@ def _paged_prefill_kernel(
     if FP8:
         if query.dtype.primitive_bitwidth == 16:
             query = query.to(tl.float16)  # e4m3 widens to float16 in one instruction, to bfloat16 in four
-        qk_scale = qk_scale * 0.00390625  # a scale byte b stands for 2^(b - 8)
     context = tl.load(context_lens + entry)
     row = tl.load(rows + entry)
     table = block_tables + row.to(tl.int64) * table_stride
@@ -160,8 +162,6 @@ def _paged_prefill_kernel(
         acc, total, peak, query, positions, diagonal, last_position + 1, context, table, key_head, value_head,
         key_scales, value_scales, qk_scale, stride_block, D, BLOCK_D, BLOCK_SIZE, BLOCK_N, WINDOW, PRECISION, FP8, True,
     )  # fmt: skip
-    if FP8:
-        acc *= 0.00390625
     result = acc / tl.where(total > 0.0, total, 1.0)[:, None]
     tl.store(out + at, result.to(out.dtype.element_ty), mask=mask)
 
