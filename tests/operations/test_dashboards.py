@@ -116,7 +116,7 @@ def test_dashboards_and_alerts_read_only_what_is_exported() -> None:
         assert set(re.findall(r"appliance:[a-z_]+:[a-z0-9_]+", text)) <= recorded, text
         for name, matchers in re.findall(r"(appliance_[a-z0-9_]+)\{([^}]*)\}", text):
             metric = FAMILIES[metric_names(name).pop()]
-            assert set(re.findall(r"(\w+)=", matchers)) - {"instance", "job"} <= set(metric.labels), text
+            assert set(re.findall(r"(\w+)=", matchers)) - {"instance", "job", "le"} <= set(metric.labels), text
         for by, inner in re.findall(r"sum by \(([\w, ]+)\) \((?:rate|increase)?\(?(appliance_[a-z0-9_]+)", text):
             metric = FAMILIES[metric_names(inner).pop()]
             assert set(by.split(", ")) <= {*metric.labels, "instance", "job", "le"}, text
