@@ -26,6 +26,7 @@ from appliance.api.keys import load_keys
 from appliance.api.services import Drain, Services
 from appliance.api.status import why_not_alive
 from appliance.clock import Clock, SystemClock
+from appliance.console.assembly import Keys, make_console
 from appliance.engine.supervisor import SupervisedEngine
 from appliance.engine.wire import Start
 from appliance.errors import EngineFailed
@@ -38,6 +39,7 @@ from appliance.metrics.recorder import Recorder
 from appliance.metrics.sampler import Sampler
 from appliance.model_files import resolve_model, served_name
 from appliance.notify import Notifier
+from appliance.scaling.adapters import state_json
 from appliance.scaling.endpoint import add_scaling_routes
 from appliance.scaling.loop import ScalingLoop
 from appliance.scaling.policy import Policy, PolicyConfig
@@ -163,6 +165,19 @@ class Appliance:
         loop = await self._scaling(stack, policy, endpoints, database)
         tracing = open_tracing(settings.instance_id, settings.fleet, __version__)
         stack.push_async_callback(asyncio.to_thread, tracing.close)
+        console = make_console(
+            settings,
+            clock=self.clock,
+            recorder=self.recorder,
+            engine=self.engine,
+            model_name=model_name,
+            version=__version__,
+            database=database,
+            hardware=lambda: hardware.latest,
+            scaling=lambda: state_json(loop.view()) if loop is not None else None,
+            keys=Keys(keys.name_of, keys.digest_of) if keys else None,
+            secret_file=folder.path / "console.secret",
+        )
         services = Services(
             settings=settings,
             engine=self.engine,
@@ -175,8 +190,10 @@ class Appliance:
             metrics_text=self.recorder.exposition,
             on_record=writer.put_request if writer is not None else lambda _: None,
             tracing=tracing,
+            browser_login=console.login,
         )
         app = create_app(services)
+        console.add_routes(app)
         if loop is not None:
             add_scaling_routes(app, loop, caller=lambda request: str(request.get(KEY_ID, "")))
         self.url = await _listen(stack, app, settings)
@@ -340,7 +357,7 @@ def _print_urls(appliance: Appliance) -> None:
     url = appliance.url
     body = '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
     print(
-        f"API      {url}/v1\nMetrics  {url}/metrics\nReady    {url}/ready\n\nTry:\n"
+        f"API      {url}/v1\nConsole  {url}/\nMetrics  {url}/metrics\nReady    {url}/ready\n\nTry:\n"
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n",
         flush=True,
     )
