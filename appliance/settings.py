@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86400 * 365)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+Price = Annotated[float, Field(ge=0, le=1e9)]
 
 
 class _Slice(BaseModel):
@@ -96,7 +97,19 @@ class StoreSettings(_Slice):
     url: SecretStr | None = Field(None, description="SQLAlchemy URL (sqlite+aiosqlite or postgresql+asyncpg); default: SQLite in the state folder.")
     queue_rows: int = Field(50_000, ge=100, le=10_000_000, description="Bound of the writer's queue; beyond it rows spool to disk.")
     flush_seconds: Seconds = Field(0.5, description="Longest time that a row waits for its batch.")
-    retention_days: int = Field(30, ge=1, le=36500, description="Age at which ledger rows and samples are purged.")
+    retention_days: int = Field(30, ge=1, le=36500, description="Age at which ledger rows, decisions and engine events are purged.")
+    sample_retention_days: int = Field(7, ge=1, le=36500, description="Age at which samples are purged; their rollups stay.")
+    minute_retention_days: int = Field(60, ge=1, le=36500, description="Age at which samples by minute are purged.")
+    hour_retention_days: int = Field(1100, ge=1, le=36500, description="Age at which samples and usage by hour are purged.")
+
+
+class CostSettings(_Slice):
+    """What usage costs, for reports. Without prices no cost is shown."""
+
+    prompt_per_million: Price | None = Field(None, description="Price of a million prompt tokens.")
+    cached_per_million: Price | None = Field(None, description="Price of a million prompt tokens from the prefix cache; default: that of the others.")
+    output_per_million: Price | None = Field(None, description="Price of a million output tokens.")
+    currency: str = Field("USD", min_length=1, max_length=8, description="The prices' currency, as reports name it.")
 
 
 class ScalingSettings(_Slice):
@@ -151,5 +164,6 @@ class Settings(_Slice):
     slo: SloSettings = SloSettings()
     metrics: MetricsSettings = MetricsSettings()
     store: StoreSettings = StoreSettings()
+    cost: CostSettings = CostSettings()
     scaling: ScalingSettings = ScalingSettings()
     log: LogSettings = LogSettings()
