@@ -16,6 +16,7 @@ from appliance.engine.cuda_graphs import StepGraphs
 from appliance.engine.scheduler import SchedulerLimits, StepPlan
 from appliance.engine.sequence import BIAS, LOGPROBS, MIN_P, NOT_GREEDY, PENALTIES, TOP_K, TOP_P, Sequence
 from appliance.engine.wire import TokenLogprobs
+from appliance.kernels.kv_cache import FP8, allocate_fp8
 from appliance.kernels.ops import AttentionBatch, Ops, Sampled, SamplingBatch, StepInput
 
 if TYPE_CHECKING:
@@ -271,11 +272,13 @@ class ModelRunner:
         return outputs, done
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _zeros(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros, since masked lanes of a kernel may read a block's unwritten slots, and 0 * NaN is NaN.
 
     On CPU through calloc: pages take memory at their first write, where torch.zeros would touch them all (11 GiB took seconds).
     """
+    if dtype == FP8:
+        return allocate_fp8(shape, device)
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
