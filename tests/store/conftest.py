@@ -1,94 +1,27 @@
-"""Databases to test on: SQLite always, PostgreSQL where its binaries are installed (a private cluster in a temporary folder, over a Unix socket)."""
+"""Databases to test on: SQLite always, PostgreSQL where its binaries are installed."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import tempfile
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
 
 import msgspec
 import pytest
-from sqlalchemy import text
-from sqlalchemy.ext.asyncio import create_async_engine
 
 from appliance.events import LedgerState, RequestRecord, Sample
 from appliance.store.database import Database
 
+sys.path.insert(0, str(Path(__file__).parent))
 
-@dataclass
-class Cluster:
-    """A PostgreSQL server of our own. `stop` and `start` play an outage."""
-
-    bin: Path
-    data: Path
-    sockets: Path
-    user: dict[str, object]
-
-    def url(self, database: str) -> str:
-        return f"postgresql+asyncpg://appliance@/{database}?host={self.sockets}"
-
-    def start(self) -> None:
-        options = f"-k {self.sockets} -c listen_addresses='' -c fsync=off -c shared_buffers=8MB -c max_connections=40"
-        self._run("pg_ctl", "-D", str(self.data), "-w", "-t", "60", "-l", str(self.sockets / "log"), "-o", options, "start")
-
-    def stop(self) -> None:
-        self._run("pg_ctl", "-D", str(self.data), "-w", "-m", "immediate", "stop")
-
-    def _run(self, program: str, *arguments: str) -> None:
-        subprocess.run(
-            [self.bin / program, *arguments],
-            check=True,
-            cwd=self.sockets,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            timeout=90,
-            **self.user,
-        )
-
-
-def _binaries() -> Path | None:
-    found = shutil.which("initdb")
-    candidates = [Path(found).resolve().parent if found else None, *sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)]
-    return next(
-        (path for path in candidates if path and (path / "initdb").exists() and (path / "pg_ctl").exists() and (path / "postgres").exists()), None
-    )
+from postgresql_cluster import Cluster, create_database, running_cluster
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """A running PostgreSQL; the test is skipped where there is none to start."""
-    binaries = _binaries()
-    if binaries is None:
-        pytest.skip("PostgreSQL's initdb, pg_ctl and postgres are not installed")
-    root = os.geteuid() == 0
-    user: dict[str, object] = {"user": "nobody", "group": "nogroup", "extra_groups": []} if root else {}  # PostgreSQL refuses to run as root
-    folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
-    if root:
-        shutil.chown(folder, "nobody", "nogroup")
-    cluster = Cluster(binaries, folder / "data", folder, user)
-    try:
-        cluster._run("initdb", "-D", str(cluster.data), "-U", "appliance", "-A", "trust", "-N", "-E", "UTF8", "--no-locale")
-        cluster.start()
-    except subprocess.SubprocessError as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        pytest.skip(f"PostgreSQL does not start here: {error}")
-    yield cluster
-    cluster.stop()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-async def _create(cluster: Cluster) -> str:
-    name = f"t{uuid4().hex}"
-    engine = create_async_engine(cluster.url("postgres"), isolation_level="AUTOCOMMIT")
-    async with engine.connect() as connection:
-        await connection.execute(text(f"CREATE DATABASE {name}"))
-    await engine.dispose()
-    return cluster.url(name)
+    with running_cluster() as cluster:
+        yield cluster
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -96,7 +29,13 @@ async def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """URL of a database that is new and empty."""
     if request.param == "sqlite":
         return f"sqlite+aiosqlite:///{tmp_path / 'test.db'}"
-    return await _create(request.getfixturevalue("cluster"))
+    return await create_database(request.getfixturevalue("cluster"))
+
+
+@pytest.fixture
+async def database_of_cluster(cluster: Cluster) -> str:
+    """URL of a PostgreSQL database that is new and empty."""
+    return await _create(cluster)
 
 
 @pytest.fixture
