@@ -22,6 +22,8 @@ DECISIONS_SQL = (
     "SELECT at_wall AS time, direction || ': ' || current_replicas || ' to ' || desired_replicas || ' replicas, ' || reason AS text, "
     "instance_id || ',' || direction AS tags FROM scale_decisions WHERE $__unixEpochFilter(at_wall) ORDER BY at_wall DESC LIMIT 500"
 )
+# Requests of servers without keys have the key "", which Grafana would not offer as a choice
+KEY = "coalesce(nullif(key_id, ''), '(no key)')"
 # What the variables of the SQL boards offer: the daily rollup is the smallest table that knows every key
 _KNOWN = "SELECT DISTINCT {column} FROM usage_rollup WHERE period_seconds = 86400 ORDER BY 1"
 
@@ -98,7 +100,7 @@ def _variables(made: dashboard.Dashboard, source: Source) -> None:
     if source != "prometheus":
         made.with_variable(dashboard.DatasourceVariable("sql").label("PostgreSQL").type("grafana-postgresql-datasource"))
     if source == "sql":
-        for name, label, column in (("fleet", "Fleet", "fleet"), ("served", "Model", "model"), ("key", "Key", "key_id")):
+        for name, label, column in (("fleet", "Fleet", "fleet"), ("served", "Model", "model"), ("key", "Key", KEY)):
             made.with_variable(_choice(name, label, _KNOWN.format(column=column), SQL))
         for name, label, price in (
             ("prompt_price", "Price of a million prompt tokens", "0.10"),

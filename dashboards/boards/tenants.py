@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from boards.frame import Board
+from boards.frame import KEY, Board
 from boards.panels import sql_lines, sql_number, sql_table
 
-_WHO = "fleet IN (${fleet:sqlstring}) AND model IN (${served:sqlstring}) AND key_id IN (${key:sqlstring})"
-# Whole hours: the one that the range begins in counts whole
-_HOURS = f"FROM usage_rollup WHERE period_seconds = 3600 AND $__unixEpochFilter(start_wall + 3599) AND {_WHO}"
+# Arrays, since IN () is no SQL: before the first request there is nothing to choose from
+_WHO = " AND ".join(
+    f"{column} = ANY(ARRAY[${{{name}:sqlstring}}]::text[])" for column, name in (("fleet", "fleet"), ("model", "served"), (KEY, "key"))
+)
+# Whole hours: those that the range begins and ends in count whole
+_HOURS = f"FROM usage_rollup WHERE period_seconds = 3600 AND start_wall > $__unixEpochFrom() - 3600 AND start_wall <= $__unixEpochTo() AND {_WHO}"
 _LEDGER = f"FROM requests WHERE $__unixEpochFilter(received_wall) AND {_WHO}"
 _COST = (
     "((sum(num_prompt_tokens) - sum(num_cached_tokens)) * ${prompt_price:sqlstring}::float8 "
@@ -26,13 +29,13 @@ _TOKEN_UNITS = dict.fromkeys(("prompt_tokens", "cached_tokens", "output_tokens")
 
 def _by_hour(what: str) -> str:
     """`what` by key, an hour each."""
-    return f"SELECT start_wall AS time, key_id AS metric, {what} AS value {_HOURS} GROUP BY 1, 2 ORDER BY 1"
+    return f"SELECT start_wall AS time, {KEY} AS metric, {what} AS value {_HOURS} GROUP BY 1, 2 ORDER BY 1"
 
 
 def _quantile(column: str) -> str:
     """The 95th percentile of a column of the ledger by key, in steps of the panel."""
     return (
-        "SELECT $__unixEpochGroup(received_wall, $__interval) AS time, key_id AS metric, "
+        f"SELECT $__unixEpochGroup(received_wall, $__interval) AS time, {KEY} AS metric, "
         f"percentile_cont(0.95) WITHIN GROUP (ORDER BY {column}) AS value {_LEDGER} AND {column} IS NOT NULL GROUP BY 1, 2 ORDER BY 1"
     )
 
@@ -53,7 +56,7 @@ _SUMS = [
 _USAGE = [
     sql_table(
         "Usage and cost by key",
-        "SELECT key_id AS key, model, sum(num_requests)::float8 AS requests, sum(num_errors)::float8 AS failed, "
+        f"SELECT {KEY} AS key, model, sum(num_requests)::float8 AS requests, sum(num_errors)::float8 AS failed, "
         "sum(num_rejected)::float8 AS refused, sum(num_aborted)::float8 AS left_early, "
         "sum(num_prompt_tokens)::float8 AS prompt_tokens, sum(num_cached_tokens)::float8 AS cached_tokens, "
         f"sum(num_generated_tokens)::float8 AS output_tokens, {_COST} AS cost, "
@@ -82,7 +85,7 @@ _SERVICE = [
     sql_lines("Time per output token by key, p95", _quantile("tpot_seconds"), "s", "A step of the panel each.", stacked=False),
     sql_table(
         "Slowest requests",
-        "SELECT to_timestamp(received_wall) AS received, id, key_id AS key, model, status, coalesce(finish_reason, '') AS finish, "
+        f"SELECT to_timestamp(received_wall) AS received, id, {KEY} AS key, model, status, coalesce(finish_reason, '') AS finish, "
         f"num_prompt_tokens AS prompt, num_generated_tokens AS output, duration_seconds AS duration, coalesce(ttft_seconds, 0) AS ttft, {_STATES} "
         f"{_LEDGER} ORDER BY duration_seconds DESC LIMIT 50",
         "With their ledger: the states in seconds sum to the duration.",
@@ -98,7 +101,7 @@ _SERVICE = [
     ),
     sql_table(
         "Errors by key",
-        "SELECT key_id AS key, status, coalesce(error_code, '') AS code, count(*) AS requests, to_timestamp(max(received_wall)) AS newest "
+        f"SELECT {KEY} AS key, status, coalesce(error_code, '') AS code, count(*) AS requests, to_timestamp(max(received_wall)) AS newest "
         f"{_LEDGER} AND status >= 400 GROUP BY 1, 2, 3 ORDER BY requests DESC LIMIT 50",
         "Refusals and bad requests included.",
         width=12,

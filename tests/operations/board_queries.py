@@ -93,6 +93,7 @@ def fill_sql(text: str, *, since: float, until: float, interval_seconds: float, 
 
     text = re.sub(r"\$__unixEpochGroup\(([^,]+), ([^)]+)\)", group, text)
     text = re.sub(r"\$__unixEpochFilter\(([^)]+)\)", rf"\1 >= {int(since)} AND \1 <= {int(until)}", text)
+    text = text.replace("$__unixEpochFrom()", str(int(since))).replace("$__unixEpochTo()", str(int(until)))
     text = re.sub(r"\$\{(\w+):sqlstring\}", quoted, text)
     assert "$" not in text, text
     return text

@@ -1,4 +1,4 @@
-"""Makes the readers of dashboards and the end-to-end harness importable."""
+"""Makes the readers of dashboards, the end-to-end harness and the private PostgreSQL importable."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "store"))
 
 from server_fixtures import client, dummy_model, embedded_server, shared_state, state_folder
 
