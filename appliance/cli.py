@@ -21,6 +21,8 @@ ALIASES: Final = {
     "--host": ("server.host", "ADDRESS", "address to bind; others than loopback need an API key"),
     "--port": ("server.port", "PORT", "TCP port; 0 takes a free one"),
     "--api-keys-file": ("server.api_keys_file", "FILE", "one name:key a line"),
+    "--max-model-len": ("model.context_length", "TOKENS", "the same, by vLLM's name"),
+    "--kv-cache-dtype": ("engine.kv_cache_dtype", "TYPE", "auto or fp8"),
     "--device": ("engine.device", "DEVICE", "auto, cpu or cuda"),
     "--max-num-seqs": ("engine.max_num_seqs", "COUNT", "most sequences in one step"),
     "--num-threads": ("engine.num_threads", "COUNT", "CPU compute threads"),

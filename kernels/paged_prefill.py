@@ -5,7 +5,7 @@ A tile's rows are BLOCK_Q tokens times the G query heads of one KV head: short c
 thinner. Tiles wholly below the diagonal run without masks. Twin: reference.attention.
 """
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-# ruff: noqa: N803, SIM108 - constants of a kernel are upper case; a branch on one, chosen in compilation, stands alone
+# ruff: noqa: N803, SIM102, SIM108 - constants of a kernel are upper case; a branch on one, chosen in compilation, stands alone
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from appliance.engine.scheduler import SchedulerLimits
 from appliance.engine.wire import Events, Ready, Start
 from appliance.errors import ModelError
 from appliance.kernels import ops as kernel_ops
+from appliance.kernels.kv_cache import FP8, block_bytes
 from appliance.model.decoder import Decoder, load_model
 
 CUDA_ITL_TARGET_SECONDS = 0.03
@@ -81,13 +81,13 @@ def build_engine(start: Start, phase: PhaseReporter, announce: Callable[[Events]
     torch.set_grad_enabled(False)
     ops = kernel_ops.select(device, start.kernels)
     dtype, kv_dtype = choose_dtypes(start, device)
-    if ops.name == "reference":
-        kv_dtype = dtype
+    kv_dtype = choose_cache_dtype(start, ops, dtype, kv_dtype)
     decoder = load_model(
         start.model_path, ops=ops, device=device, dtype=dtype, quantization=start.quantization, progress=phase.progress, seed=start.seed
     )
     phase.enter("compile", "first run of the kernels")
-    costs = step_costs(decoder, device, kv_bytes_per_token(decoder, kv_dtype))  # before the cache takes the memory
+    kv_bytes_per_token = kv_block_bytes(decoder, kv_dtype, start.block_size) // start.block_size
+    costs = step_costs(decoder, device, kv_bytes_per_token)  # before the cache takes the memory
     limits, sizes = _size(start, device, decoder, ops, kv_dtype)
     pool = BlockPool(sizes.num_blocks)
     runner = ModelRunner(
@@ -116,7 +116,7 @@ def build_engine(start: Start, phase: PhaseReporter, announce: Callable[[Events]
         num_blocks=sizes.num_blocks,
         num_parameters=decoder.num_parameters,
         weight_bytes=decoder.weight_bytes,
-        kv_bytes_per_token=kv_bytes_per_token(decoder, kv_dtype),
+        kv_bytes_per_token=kv_bytes_per_token,
         load_seconds=time.monotonic() - started,
         reasons=sizes.reasons,
         kv_dtype=str(kv_dtype).removeprefix("torch."),
@@ -126,9 +126,21 @@ def build_engine(start: Start, phase: PhaseReporter, announce: Callable[[Events]
     return engine, ready
 
 
-def kv_bytes_per_token(decoder: Decoder, kv_dtype: torch.dtype) -> int:
-    """Bytes of K and V of one token in all layers."""
-    return 2 * math.prod(decoder.kv_shape(1, 1)) * kv_dtype.itemsize * decoder.config.num_layers
+def choose_cache_dtype(start: Start, ops: kernel_ops.Ops, dtype: torch.dtype, automatic: torch.dtype) -> torch.dtype:
+    """Of the KV cache: `automatic` where the settings leave it open and the kernels store it. Raises ModelError where they cannot store fp8."""
+    if start.kv_cache_dtype == "fp8":
+        if ops.name not in ("triton", "reference"):
+            raise ModelError(f"an fp8 KV cache needs a GPU; the {ops.name} kernels have none (kv_cache_dtype = auto)")
+        if ops.name == "triton" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
+            raise ModelError("an fp8 KV cache needs a GPU of compute capability 8.9 or later (kv_cache_dtype = auto)")
+        return FP8
+    return dtype if ops.name == "reference" else automatic
+
+
+def kv_block_bytes(decoder: Decoder, kv_dtype: torch.dtype, block_size: int) -> int:
+    """Bytes of K and V of one block in all layers."""
+    config = decoder.config
+    return 2 * config.num_layers * block_bytes(config.num_kv_heads, block_size, config.head_dim, kv_dtype)
 
 
 def _graph_tokens(limits: SchedulerLimits, device: torch.device, start: Start) -> int:
@@ -155,7 +167,7 @@ def _size(start: Start, device: torch.device, decoder: Decoder, ops: kernel_ops.
         start,
         device,
         free_bytes=free_bytes,
-        kv_bytes_per_token=kv_bytes_per_token(decoder, kv_dtype),
+        kv_block_bytes=kv_block_bytes(decoder, kv_dtype, start.block_size),
         model_context=model_context,
         activation_bytes=activation_bytes,
     )

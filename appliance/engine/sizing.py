@@ -56,10 +56,10 @@ def step_limits(start: Start, device: torch.device) -> tuple[int, int, int]:
     return seqs, max(tokens, seqs), CUDA_MAX_CHUNKS if is_cuda else CPU_MAX_CHUNKS
 
 
-def choose(start: Start, device: torch.device, *, free_bytes: int, kv_bytes_per_token: int, model_context: int, activation_bytes: int) -> Sizes:
+def choose(start: Start, device: torch.device, *, free_bytes: int, kv_block_bytes: int, model_context: int, activation_bytes: int) -> Sizes:
     """Divide `free_bytes` (measured after the weights were loaded). Raises ModelError where not even a short context fits."""
     seqs, tokens, chunks = step_limits(start, device)
-    block_bytes = kv_bytes_per_token * start.block_size
+    block_bytes = kv_block_bytes
     reasons = []
     if start.num_blocks is not None:
         num_blocks = start.num_blocks

@@ -93,6 +93,7 @@ class Start(msgspec.Struct, frozen=True, tag="start", kw_only=True):
     max_num_batched_tokens: int | None = None
     block_size: int = 16
     num_blocks: int | None = None
+    kv_cache_dtype: str = "auto"
     memory_fraction: float = 0.9
     prefix_caching: bool = True
     max_waiting: int = 1024
