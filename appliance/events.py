@@ -156,6 +156,13 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
     joules: float | None = None
 
 
+class RequestUse(msgspec.Struct, frozen=True, kw_only=True):
+    """What a finished request took beyond its record."""
+
+    engine_seconds: float  # its share of the steps that it was in, by modelled cost
+    num_longest_tokens: int  # generated, of its longest choice
+
+
 class WindowStats(msgspec.Struct, frozen=True, kw_only=True):
     """What was seen in the last `seconds`. None: no data, which is not zero."""
 
@@ -179,6 +186,10 @@ class WindowStats(msgspec.Struct, frozen=True, kw_only=True):
     mean_kv_utilisation: float | None
     max_kv_utilisation: float | None
     max_waiting_age_seconds: float | None
+    expected_output_tokens_per_second: float = 0.0  # at admission: max_tokens, at most the mean of recent requests
+    flops_per_second: float = 0.0  # of the model's arithmetic
+    moved_bytes_per_second: float = 0.0
+    busy_ratio: float = 0.0  # share of the time in which a step was under way
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ from appliance.api.services import Services
 from appliance.engine.client import Generation
 from appliance.engine.wire import SequenceEvent
 from appliance.errors import ApplianceError
-from appliance.events import LedgerState, RequestRecord
+from appliance.events import LedgerState, RequestRecord, RequestUse
 from appliance.logs import Texts
 from appliance.metrics.ledger import Ledger
 
@@ -142,7 +142,7 @@ class Exchange:
         progress.max_itl = max((after - before for before, after in itertools.pairwise(times)), default=-1.0)
         if self._ttft is None:
             self._ttft = max(0.0, times[0] - self.received_at)
-            self._services.observer.on_first_token(self._ttft)
+            self._services.observer.on_first_token(self._ttft, self.endpoint, self.id)
         else:
             self._services.observer.on_other_first_token()
 
@@ -204,12 +204,22 @@ class Exchange:
             states=states,
             seed=self.seed,
             max_tokens=self.max_tokens,
+            joules=self._joules(),
+        )
+        use = RequestUse(
+            engine_seconds=sum(generation.bill.seconds for generation in self.generations),
+            num_longest_tokens=max((progress.num_tokens for progress in self._progress), default=0),
         )
         if error is not None and error.status in (429, 503) and self._ttft is None:  # the engine's own refusal included
             self._services.observer.on_rejected(error.code or error.type)
-        self._services.observer.on_request(record)
+        self._services.observer.on_request(record, use)
         self._services.on_record(record)
         return record
+
+    def _joules(self) -> float | None:
+        """Energy of its choices; None where the device's power is not known."""
+        joules = [generation.bill.joules for generation in self.generations if generation.bill.joules is not None]
+        return sum(joules) if joules else None
 
     def _tpot(self) -> float | None:
         if not self._progress or (first := self._progress[0]).num_tokens < 2:

@@ -12,7 +12,7 @@ from aiohttp import web
 from appliance.api.keys import ApiKeys
 from appliance.clock import Clock
 from appliance.engine.client import EngineClient
-from appliance.events import RequestRecord
+from appliance.events import RequestRecord, RequestUse
 from appliance.settings import Settings
 from appliance.text.load import TextModel
 from appliance.tracing import NO_TRACING, Tracing
@@ -30,13 +30,13 @@ class ApiObserver(Protocol):
     def on_rejected(self, code: str) -> None:
         """A request was turned away at admission with 429 or 503."""
 
-    def on_first_token(self, seconds: float) -> None:
+    def on_first_token(self, seconds: float, endpoint: str, request_id: str) -> None:
         """The first token of a request came `seconds` after its receipt."""
 
     def on_other_first_token(self) -> None:
         """The first token of another choice of a request came."""
 
-    def on_request(self, record: RequestRecord) -> None:
+    def on_request(self, record: RequestRecord, use: RequestUse) -> None:
         """A request ended, whatever its end."""
 
 

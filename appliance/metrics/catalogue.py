@@ -247,7 +247,7 @@ CATALOGUE: tuple[Metric, ...] = (
     _histogram(
         "request_joules", "joules", "energy", buckets.JOULES, "Energy of a finished request: each step's, split by modelled cost over its rows."
     ),
-    _histogram("request_joules_per_token", "joules", "energy", buckets.TOKEN_JOULES, "Energy of a finished request over its generated tokens."),
+    _histogram("request_joules_per_token", "", "energy", buckets.TOKEN_JOULES, "Energy of a finished request over its generated tokens."),
     # GPU
     _gauge("gpu_info", "", "gpu", "1; the GPU's name and UUID.", "gpu", "name", "uuid"),
     _gauge("gpu_utilisation_ratio", "ratio", "gpu", "Share of the sampling period in which a kernel ran.", "gpu"),

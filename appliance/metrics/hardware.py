@@ -60,13 +60,16 @@ class HardwareReader:
         engine_pid: Callable[[], int | None] = lambda: None,
         nvml: Nvml | None = None,
         period_seconds: float = 1.0,
+        on_reading: Callable[[HardwareReading], None] = lambda _: None,
     ) -> None:
+        """`on_reading` gets each reading as soon as it is there, in the reader's thread."""
         self.latest: HardwareReading | None = None
         self._clock = clock
         self._state_dir = state_dir
         self._engine_pid = engine_pid
         self._nvml = nvml
         self._period = period_seconds
+        self._on_reading = on_reading
         self._server = psutil.Process()
         self._engine: psutil.Process | None = None
         self._stopped = threading.Event()
@@ -111,7 +114,7 @@ class HardwareReader:
         failed = False
         while not self._stopped.is_set():
             try:
-                self.read()
+                self._on_reading(self.read())
                 failed = False
             except Exception:  # a reading that fails must not end the readings
                 if not failed:

@@ -51,6 +51,12 @@ class Histogram:
         self.sum += value
         self.exemplars[index] = Exemplar({"request_id": request_id}, value, wall)
 
+    def observe_bits(self, pairs: Iterable[tuple[int, int]], unit: float, total: float) -> None:
+        """Observations counted by bit length, (bits, count), of values in `unit`s; `total` is their sum. Edges are powers of two of the unit."""
+        for bits, count in pairs:
+            self.counts[bisect_left(self.edges, ((1 << bits) - 1) * unit)] += count
+        self.sum += total
+
     def buckets(self) -> list[tuple[str, float] | tuple[str, float, Exemplar]]:
         """The cumulative buckets in Prometheus' form, +Inf last."""
         cumulative: list[tuple[str, float] | tuple[str, float, Exemplar]] = []

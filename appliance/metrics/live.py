@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from appliance.events import StepStats, StoreStats
+from appliance.events import StepCosts, StepStats, StoreStats, WindowStats
 from appliance.metrics.hardware import HardwareReading
 from appliance.metrics.instruments import Instruments
 from appliance.metrics.labels import ENGINE_STATES, THROTTLE_REASONS
@@ -37,15 +37,28 @@ class EngineView(Protocol):
     def ready(self) -> object | None: ...  # engine.wire.Ready; this package does not import the engine
     @property
     def heartbeat(self) -> object | None: ...
+    def set_serving_watts(self, watts: float | None) -> None: ...
 
 
-def set_kv(instruments: Instruments, stats: StepStats | None, kv: tuple[float, float, float] | None) -> None:
+def costs_of(engine: EngineView | None) -> StepCosts:
+    """What the newest engine's steps cost; all zeros while there is none."""
+    costs = getattr(engine.ready, "costs", None) if engine is not None else None
+    return costs if isinstance(costs, StepCosts) else StepCosts()
+
+
+def set_kv(instruments: Instruments, stats: StepStats | None, kv: tuple[float, float, float] | None, block_bytes: int) -> None:
     """Pool gauges after the newest step; 0 while there is none."""
     cell = instruments.cell
     for name, value in zip(("utilisation", "cached", "waste"), kv or (0.0, 0.0, 0.0), strict=True):
         cell(f"appliance_kv_{name}_ratio").value = value
     cell("appliance_kv_blocks").value = stats.num_blocks if stats else 0
     cell("appliance_kv_used_blocks").value = stats.num_used_blocks if stats else 0
+    cell("appliance_kv_cached_blocks").value = stats.num_findable_blocks if stats else 0
+    cell("appliance_kv_evictable_blocks").value = stats.num_cached_blocks if stats else 0
+    cell("appliance_kv_used_tokens").value = stats.num_used_tokens if stats else 0
+    cell("appliance_kv_bytes").value = stats.num_blocks * block_bytes if stats else 0
+    cell("appliance_kv_used_bytes").value = stats.num_used_blocks * block_bytes if stats else 0
+    cell("appliance_backlog_tokens").value = stats.num_backlog_tokens if stats else 0
     cell("appliance_engine_free_bytes").value = stats.free_bytes if stats else 0
 
 
@@ -61,6 +74,23 @@ def set_engine(instruments: Instruments, engine: EngineView | None) -> None:
         instruments.forget("appliance_engine_info")
         facts = (str(getattr(engine.ready, fact, "")) for fact in ("device", "dtype", "quantization"))
         instruments.cell("appliance_engine_info", *facts).value = 1
+        instruments.forget("appliance_kv_info")
+        facts = (str(getattr(engine.ready, fact, "")) for fact in ("block_size", "num_blocks", "kv_dtype", "prefix_caching"))
+        instruments.cell("appliance_kv_info", *facts).value = 1
+
+
+def set_work(instruments: Instruments, costs: StepCosts, window: WindowStats) -> None:
+    """Utilisation over the window, and the peaks that it is measured by."""
+    cell = instruments.cell
+    cell("appliance_engine_peak_flops_per_second").value = costs.peak_flops
+    cell("appliance_engine_peak_bytes_per_second").value = costs.peak_bytes_per_second
+    cell("appliance_engine_flops_utilisation_ratio").value = window.flops_per_second / costs.peak_flops if costs.peak_flops else 0
+    cell("appliance_engine_bandwidth_utilisation_ratio").value = (
+        window.moved_bytes_per_second / costs.peak_bytes_per_second if costs.peak_bytes_per_second else 0
+    )
+    cell("appliance_engine_busy_ratio").value = window.busy_ratio
+    cell("appliance_demand_prompt_tokens_per_second").value = window.prompt_tokens_per_second
+    cell("appliance_demand_output_tokens_per_second").value = window.expected_output_tokens_per_second
 
 
 def set_store(instruments: Instruments, stats: StoreStats) -> None:

@@ -51,6 +51,7 @@ class Nvml:
             uuid = _text(self._ask(library.nvmlDeviceGetUUID, handle))
             if _is_visible(index, uuid, visible):
                 self._devices.append((index, handle, _text(self._ask(library.nvmlDeviceGetName, handle)), uuid))
+        self._devices.sort(key=lambda device: _rank(device[0], device[3], visible) or 0)
         self._events = self._watch_xid()
 
     @classmethod
@@ -71,7 +72,7 @@ class Nvml:
         return len(self._devices)
 
     def read(self) -> tuple[GpuReading, ...]:
-        """Every GPU now."""
+        """Every GPU now, in CUDA's order: the first is the engine's."""
         self._count_xid()
         return tuple(self._read(*device) for device in self._devices)
 
@@ -139,16 +140,23 @@ def _text(value: Any) -> str:
 
 
 def _is_visible(index: int, uuid: str, visible: str | None) -> bool:
-    """CUDA's rule: indices or (beginnings of) UUIDs, up to the first that is invalid; unset means all."""
+    return _rank(index, uuid, visible) is not None
+
+
+def _rank(index: int, uuid: str, visible: str | None) -> int | None:
+    """The GPU's number within CUDA; None if that does not see it.
+
+    CUDA's rule: indices or (beginnings of) UUIDs, up to the first that is invalid; unset means all.
+    """
     if visible is None:
-        return True
-    for entry in (part.strip() for part in visible.split(",")):
+        return index
+    for rank, entry in enumerate(part.strip() for part in visible.split(",")):
         if entry.isdecimal():
             if int(entry) == index:
-                return True
+                return rank
         elif entry.startswith(("GPU-", "MIG-")):
             if uuid.startswith(entry):
-                return True
+                return rank
         else:
-            return False
-    return False
+            return None
+    return None

@@ -8,12 +8,15 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from appliance.clock import Clock
-from appliance.events import EngineEvent, RequestRecord, Snapshot, StepStats, StoreStats
+from appliance.events import BlockEnds, EngineEvent, RequestRecord, RequestUse, Snapshot, StepStats, StoreStats
 from appliance.metrics.catalogue import CATALOGUE, Metric
 from appliance.metrics.cells import Cells
+from appliance.metrics.energy import EnergyAccount
+from appliance.metrics.forecast import QueueForecast
 from appliance.metrics.goodput import CHAT, GENERATION_ENDPOINTS, Slo, expired_in_queue, judge
 from appliance.metrics.hardware import HardwareReading
 from appliance.metrics.instruments import Instruments
+from appliance.metrics.keys import KeyCounters
 from appliance.metrics.labels import (
     DIRECTIONS,
     ENDPOINTS,
@@ -26,7 +29,7 @@ from appliance.metrics.labels import (
     bounded,
     status_label,
 )
-from appliance.metrics.live import EngineView, set_engine, set_hardware, set_kv, set_store
+from appliance.metrics.live import EngineView, costs_of, set_engine, set_hardware, set_kv, set_store, set_work
 from appliance.metrics.window import History
 from appliance.settings import MetricsSettings
 
@@ -70,6 +73,11 @@ class Recorder:
         self._waiting_since: float | None = None  # receipt of the oldest waiting sequence, as far as known
         self._policy_run_at: float | None = None
         self._cells = Cells(self.instruments)
+        self._keys = KeyCounters(self.instruments)
+        self._forecast = QueueForecast()
+        self._energy = EnergyAccount()
+        self._busy_read = 0.0  # of the busy time, what the energy account has seen
+        self._costs = costs_of(None)
         self._set_constants(version, model, instance_id, fleet)
         self.instruments.before_collect.append(self._refresh)
         self.registry.register(self.instruments)
@@ -79,10 +87,12 @@ class Recorder:
     def bind_engine(self, engine: EngineView) -> None:
         """Read state, pid, heartbeat and facts from `engine` when scraped."""
         self._engine = engine
+        self._costs = costs_of(engine)
 
-    def bind_store(self, stats: Callable[[], StoreStats]) -> None:
+    def bind_store(self, stats: Callable[[], StoreStats], queue_limit_rows: int = 0) -> None:
         """Read the SQL writer's counters when scraped."""
         self._store = stats
+        self.instruments.cell("appliance_store_queue_limit_rows").value = queue_limit_rows
 
     def bind_hardware(self, latest: Callable[[], HardwareReading | None]) -> None:
         """Read the newest hardware reading when scraped."""
@@ -114,6 +124,7 @@ class Recorder:
         cells.preemptions.value += stats.num_preemptions
         cells.aborts.value += stats.num_aborted
         cells.surplus.value += stats.num_surplus_tokens
+        self._on_work(stats, now)
         utilisation = stats.num_used_blocks / stats.num_blocks if stats.num_blocks else 0.0
         self._history.on_step(now, stats.num_running, stats.num_waiting, stats.oldest_waiting_age_seconds, utilisation)
 
@@ -133,6 +144,7 @@ class Recorder:
         if event.kind == "started":
             self._cells.restarts.value += self._num_starts > 0
             self._num_starts += 1
+        self._costs = costs_of(self._engine)
         if event.kind == "ready":  # idle until its first step, which may be hours away: it sends heartbeats only, and zeros are data
             self._history.on_step(self.clock.monotonic(), 0, 0, 0.0, 0.0)
         if event.kind in ENGINE_GONE:
@@ -152,7 +164,7 @@ class Recorder:
         """A request was admitted: demand, in tokens."""
         self._cells.admitted_prompt.value += num_prompt_tokens
         self._cells.admitted_max.value += max_tokens
-        self._history.on_admitted(self.clock.monotonic(), num_prompt_tokens, max_tokens)
+        self._history.on_admitted(self.clock.monotonic(), num_prompt_tokens, max_tokens, self._forecast.expected_output(max_tokens))
 
     def on_rejected(self, code: str) -> None:
         """A request was refused at admission; `code` is the error's."""
@@ -179,7 +191,7 @@ class Recorder:
         self._cells.output_tokens.value += 1
         self._history.on_output(self.clock.monotonic(), 1)
 
-    def on_request(self, record: RequestRecord) -> None:
+    def on_request(self, record: RequestRecord, use: RequestUse | None = None) -> None:
         """A request finished, whatever its end. Call it once for each, refused ones included."""
         reason = bounded(record.finish_reason, FINISH_REASONS) if record.finish_reason else "none"
         self.instruments.cell("appliance_requests_total", bounded(record.endpoint, ENDPOINTS), status_label(record.status), reason).value += 1
@@ -189,18 +201,39 @@ class Recorder:
         self._cells.written_tokens.value += record.num_written_tokens
         for state, seconds in record.states.items():
             self._cells.states[state].value += seconds
-        if record.endpoint in GENERATION_ENDPOINTS:
-            self._observe_generation(record)
         judgement = judge(record, self.slo)
+        if record.endpoint in GENERATION_ENDPOINTS:
+            self._observe_generation(record, use)
+            self._keys.on_request(record, judgement, use)
         for objective, good in (("ttft", judgement.ttft), ("tpot", judgement.tpot), ("both", judgement.both)):
             if good is not None:
-                judged, kept = self._cells.objectives[objective]
+                judged, kept, judged_tokens, kept_tokens = self._cells.objectives[objective]
                 judged.value += 1
                 kept.value += good
+                judged_tokens.value += record.num_generated_tokens
+                kept_tokens.value += good * record.num_generated_tokens
         now = self.clock.monotonic()
         if expired_in_queue(record):
             self._history.on_shed(now)
         self._history.on_request(now, error=record.status >= 500, good=judgement.both, tpot_seconds=record.tpot_seconds, good_tpot=judgement.tpot)
+
+    # The machine
+
+    def on_hardware(self, reading: HardwareReading) -> None:
+        """A reading was taken: its joules go to serving or idle, and what the engine does from now on has a new price."""
+        engine = self._engine
+        busy, self._busy_read = self._cells.busy_seconds.value - self._busy_read, self._cells.busy_seconds.value
+        if engine is None or not reading.gpus or getattr(engine.ready, "device", "") == "cpu":
+            return
+        interval = self._energy.add(reading.at, reading.gpus[0], busy, working=engine.num_in_flight > 0)
+        if interval is not None:
+            self._cells.energy["serving"].value += interval.serving_joules
+            self._cells.energy["idle"].value += interval.idle_joules
+        engine.set_serving_watts(self._energy.price_watts)
+
+    def on_loop_lag(self, seconds: float) -> None:
+        """The event loop ran a callback so late."""
+        self._cells.loop_lag.observe(seconds)
 
     # The policy loop and the courier
 
@@ -279,14 +312,53 @@ class Recorder:
         stats = self.stats
         if stats is None or not stats.num_blocks:
             return None
-        block_size = getattr(self._engine.ready, "block_size", self._block_size) if self._engine is not None else self._block_size
-        slots = stats.num_used_blocks * block_size
+        slots = stats.num_used_blocks * self._kv_block_size()
         waste = max(0.0, 1 - stats.num_used_tokens / slots) if slots else 0.0
         return stats.num_used_blocks / stats.num_blocks, stats.num_cached_blocks / stats.num_blocks, waste
 
+    def predicted_ttft_seconds(self, now: float) -> float:
+        """What a request that arrived at `now` would wait for its first token; see QueueForecast."""
+        window = self._history.stats(self._settings.fast_window_seconds, now)
+        max_num_seqs = getattr(self._engine.ready, "max_num_seqs", None) if self._engine is not None else None
+        return self._forecast.ttft_seconds(self.stats, self.queue(now)[2], max_num_seqs, window.num_requests / window.seconds)
+
     # Inside
 
-    def _observe_generation(self, record: RequestRecord) -> None:
+    def _kv_block_size(self) -> int:
+        block_size = getattr(self._engine.ready, "block_size", self._block_size) if self._engine is not None else self._block_size
+        return int(block_size)
+
+    def _on_work(self, stats: StepStats, now: float) -> None:
+        """What the step computed, moved and did to the pool."""
+        cells = self._cells
+        num_decode, num_prefill = stats.num_decode_tokens, stats.num_prefill_tokens
+        cells.engine_decode.value += num_decode
+        cells.kv_allocated.value += stats.num_allocated_blocks
+        cells.kv_reused.value += stats.num_reused_blocks
+        cells.kv_evicted.value += stats.num_evicted_blocks
+        if stats.block_ends is not None:
+            self._on_block_ends(stats.block_ends)
+        if num_prefill:
+            cells.engine_prefill.value += num_prefill
+            for _, _, length, _ in stats.chunks:
+                cells.chunk_tokens.observe(length)
+        if num_prefill or stats.prefix_query_tokens:
+            self._forecast.on_step(stats)
+        if num_decode or num_prefill:
+            cells.step_tokens.observe(num_decode + num_prefill)
+            cells.busy_seconds.value += stats.busy_seconds
+            flops, moved = self._costs.flops(stats), self._costs.moved_bytes(stats)
+            cells.model_flops.value += flops
+            cells.model_bytes.value += moved
+            self._history.on_work(now, stats.busy_seconds, flops, moved)
+
+    def _on_block_ends(self, ends: BlockEnds) -> None:
+        cells = self._cells
+        cells.kv_lifetime.observe_bits(ends.lifetimes, 0.001, ends.lifetime_seconds)
+        cells.kv_idle.observe_bits(ends.idles, 0.001, ends.idle_seconds)
+        cells.kv_reuses.observe_bits(ends.reuses, 1.0, ends.num_reuses)
+
+    def _observe_generation(self, record: RequestRecord, use: RequestUse | None) -> None:
         wall = self.clock.wall()
         states = record.states
         if record.status < 400:
@@ -297,10 +369,27 @@ class Recorder:
             self._cells.request_generated.observe(record.num_generated_tokens)
             self._cells.queue_seconds.observe_with(states.get("queued", 0.0), record.id, wall)
             self._cells.prefill_seconds.observe_with(states.get("prefill", 0.0) + states.get("prefill_wait", 0.0), record.id, wall)
+            self._observe_shape(record, use)
+            inference = states.get("prefill", 0.0) + states.get("prefill_wait", 0.0) + states.get("decode", 0.0)
+            self._cells.inference_seconds.observe_with(inference, record.id, wall)
+            if record.finish_reason in ("stop", "length", "tool_calls"):
+                self._forecast.on_request(record.num_prompt_tokens, record.num_generated_tokens)
+        if record.joules is not None:
+            self._cells.request_joules.observe_with(record.joules, record.id, wall)
+            if record.num_generated_tokens:
+                self._cells.joules_per_token.observe_with(record.joules / record.num_generated_tokens, record.id, wall)
         if record.num_generated_tokens > 1:
             self._cells.decode_seconds.observe_with(states.get("decode", 0.0), record.id, wall)
         if record.tpot_seconds is not None:
             self._cells.tpot[record.endpoint].observe_with(record.tpot_seconds, record.id, wall)
+
+    def _observe_shape(self, record: RequestRecord, use: RequestUse | None) -> None:
+        """What was asked for, and how it went."""
+        self._cells.request_choices.observe(record.num_choices)
+        self._cells.request_preemptions.observe(record.num_preemptions)
+        self._cells.request_longest.observe(record.num_generated_tokens if use is None else use.num_longest_tokens)
+        if record.max_tokens is not None:
+            self._cells.request_max.observe(record.max_tokens)
 
     def _set_constants(self, version: str, model: str, instance_id: str, fleet: str) -> None:
         cell = self.instruments.cell
@@ -323,7 +412,13 @@ class Recorder:
             cell("appliance_engine_report_age_seconds").value = now - self._reported_at
         if self._policy_run_at is not None:
             cell("appliance_scaling_run_age_seconds").value = now - self._policy_run_at
-        set_kv(self.instruments, self.stats, self.kv())
+        set_kv(self.instruments, self.stats, self.kv(), self._kv_block_size() * self._costs.kv_bytes_per_token)
+        window = self._history.stats(self._settings.fast_window_seconds, now)
+        set_work(self.instruments, self._costs, window)
+        cell("appliance_predicted_ttft_seconds").value = self.predicted_ttft_seconds(now)
+        cell("appliance_prefill_tokens_per_second").value = self._forecast.prefill_tokens_per_second or 0
+        cell("appliance_energy_idle_watts").value = self._energy.idle_watts or 0
+        cell("appliance_energy_serving_watts").value = self._energy.price_watts or 0
         set_engine(self.instruments, self._engine)
         if self._store is not None:
             set_store(self.instruments, self._store())

@@ -17,7 +17,7 @@ class _Bucket:
 
     __slots__ = (
         *("index", "num_requests", "num_errors", "num_rejected", "num_shed", "num_judged", "num_good"),
-        *("prompt_tokens", "max_output_tokens", "output_tokens"),
+        *("prompt_tokens", "max_output_tokens", "expected_output_tokens", "output_tokens", "flops", "moved_bytes", "busy_seconds"),
         *("ttft", "tpot", "num_ttft", "num_good_ttft", "num_tpot", "num_good_tpot"),
         *("held_seconds", "running_seconds", "waiting_seconds", "kv_seconds", "max_kv", "max_waiting_age"),
     )
@@ -26,6 +26,7 @@ class _Bucket:
         self.index = index
         self.num_requests = self.num_errors = self.num_rejected = self.num_shed = self.num_judged = self.num_good = 0
         self.prompt_tokens = self.max_output_tokens = self.output_tokens = 0
+        self.expected_output_tokens = self.flops = self.moved_bytes = self.busy_seconds = 0.0
         self.ttft: dict[int, int] = {}  # bin -> count
         self.tpot: dict[int, int] = {}
         self.num_ttft = self.num_good_ttft = self.num_tpot = self.num_good_tpot = 0
@@ -48,11 +49,19 @@ class History:
         self._running = self._waiting = 0
         self._kv = 0.0
 
-    def on_admitted(self, now: float, num_prompt_tokens: int, max_tokens: int) -> None:
+    def on_admitted(self, now: float, num_prompt_tokens: int, max_tokens: int, expected_tokens: float = 0.0) -> None:
         """A request was admitted with this demand."""
         bucket = self._at(now)
         bucket.prompt_tokens += num_prompt_tokens
         bucket.max_output_tokens += max_tokens
+        bucket.expected_output_tokens += expected_tokens
+
+    def on_work(self, now: float, busy_seconds: float, flops: float, moved_bytes: float) -> None:
+        """A step was done that took so long and did so much."""
+        bucket = self._at(now)
+        bucket.busy_seconds += busy_seconds
+        bucket.flops += flops
+        bucket.moved_bytes += moved_bytes
 
     def on_rejected(self, now: float) -> None:
         """A request was refused at admission, whatever the reason."""
@@ -136,6 +145,10 @@ class History:
             mean_kv_utilisation=sum(b.kv_seconds for b in buckets) / held if held else None,
             max_kv_utilisation=max((b.max_kv for b in seen), default=None),
             max_waiting_age_seconds=max((b.max_waiting_age for b in seen), default=None),
+            expected_output_tokens_per_second=sum(b.expected_output_tokens for b in buckets) / covered,
+            flops_per_second=sum(b.flops for b in buckets) / covered,
+            moved_bytes_per_second=sum(b.moved_bytes for b in buckets) / covered,
+            busy_ratio=min(1.0, sum(b.busy_seconds for b in buckets) / covered),
         )
 
     def _at(self, now: float) -> _Bucket:

@@ -16,8 +16,9 @@ from appliance.api.keys import ApiKeys
 from appliance.api.services import Drain, Services
 from appliance.clock import SystemClock
 from appliance.engine.client import Delta, SequenceRequest
+from appliance.engine.costs import Bill
 from appliance.engine.wire import Heartbeat, Ready, SequenceEvent, TokenLogprobs
-from appliance.events import RequestRecord
+from appliance.events import RequestRecord, RequestUse
 from appliance.settings import Settings
 from appliance.text.chat_template import ChatTemplate
 from appliance.text.load import TextModel
@@ -56,6 +57,7 @@ class FakeGeneration:
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.num_restarts = 0
+        self.bill = Bill()
         self.aborted = False
         self.finished_at: int | None = None
         self.ended = False
@@ -170,13 +172,13 @@ class Observer:
     def on_rejected(self, code: str) -> None:
         self.calls.append(("rejected", code))
 
-    def on_first_token(self, seconds: float) -> None:
+    def on_first_token(self, seconds: float, endpoint: str, request_id: str) -> None:
         self.calls.append(("first_token",))
 
     def on_other_first_token(self) -> None:
         self.calls.append(("other_first_token",))
 
-    def on_request(self, record: RequestRecord) -> None:
+    def on_request(self, record: RequestRecord, use: RequestUse) -> None:
         self.records.append(record)
 
 

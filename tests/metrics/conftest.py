@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from appliance.clock import ManualClock
-from appliance.events import LedgerState, RequestRecord, StepStats
+from appliance.events import BlockEnds, LedgerState, RequestRecord, StepCosts, StepStats
 from appliance.metrics.goodput import Slo
 from appliance.metrics.recorder import Recorder
 
@@ -93,10 +93,31 @@ def make_stats() -> Callable[..., StepStats]:
             "num_surplus_tokens": 3,
             "graph_hit": True,
             "free_bytes": 5,
+            "busy_seconds": 0.006,
+            "num_context_tokens": 4000,
+            "num_sampled_tokens": 9,
+            "num_backlog_tokens": 700,
+            "num_findable_blocks": 30,
+            "num_allocated_blocks": 7,
+            "num_reused_blocks": 1,
+            "num_evicted_blocks": 2,
+            "chunks": ((1, 16, 84, True), (2, 0, 16, False)),
+            "block_ends": BlockEnds(((11, 3),), 4.5, ((9, 2),), 0.8, ((0, 1), (2, 2)), 5),
         }
         return StepStats(**(fields | changes))  # type: ignore[arg-type]
 
     return make
+
+
+COSTS = StepCosts(
+    flops_per_token=1e9,
+    flops_per_sample=1e8,
+    flops_per_pair=1e5,
+    weight_bytes=1_000_000_000,
+    kv_bytes_per_token=10_000,
+    peak_flops=1e15,
+    peak_bytes_per_second=1e12,
+)
 
 
 class FakeEngine:
@@ -105,8 +126,22 @@ class FakeEngine:
     state = "ready"
     pid: int | None = None
     num_in_flight = 0
-    ready: object | None = SimpleNamespace(device="NVIDIA H100", dtype="bfloat16", quantization="none", block_size=16)
+    ready: object | None = SimpleNamespace(
+        device="NVIDIA H100",
+        dtype="bfloat16",
+        quantization="none",
+        block_size=16,
+        num_blocks=100,
+        kv_dtype="bfloat16",
+        prefix_caching=True,
+        max_num_seqs=16,
+        costs=COSTS,
+    )
     heartbeat: object | None = None
+    serving_watts: float | None = None
+
+    def set_serving_watts(self, watts: float | None) -> None:
+        self.serving_watts = watts
 
 
 @pytest.fixture

@@ -55,6 +55,9 @@ def _everything_happened(recorder: Recorder, clock: ManualClock, record: Request
     reader = HardwareReader(clock=clock, state_dir=folder, engine_pid=lambda: None, nvml=Nvml(fake_nvml, None))
     reader.read()
     recorder.bind_hardware(lambda: reader.latest)
+    assert reader.latest is not None
+    recorder.on_hardware(reader.latest)
+    recorder.on_loop_lag(0.001)
 
 
 @pytest.mark.parametrize(("accept", "parse"), [("", parse_text), ("application/openmetrics-text; version=1.0.0", parse_openmetrics)])
@@ -70,7 +73,7 @@ def test_declared_and_exported_are_the_same(
     tmp_path: Path,
 ) -> None:
     """After everything has happened once, the families with samples are exactly the catalogue's, with its types, help texts and labels."""
-    _everything_happened(recorder, clock, make_record(), make_stats(), fake_nvml, tmp_path)
+    _everything_happened(recorder, clock, make_record(joules=12.0), make_stats(), fake_nvml, tmp_path)
     body, content_type = recorder.exposition(accept)
     assert ("openmetrics" in content_type) == bool(accept)
     families = {family.name: family for family in parse(body.decode())}  # type: ignore[attr-defined]
@@ -112,8 +115,8 @@ def test_buckets_fit_fast_engines_and_hold_the_slo(slo: Slo, recorder: Recorder)
     assert first["appliance_inter_token_latency_seconds"] == 0.0005
     assert first["appliance_request_queue_seconds"] == first["appliance_request_prefill_seconds"] == 0.001
     text = recorder.exposition()[0].decode()
-    assert f'appliance_time_to_first_token_seconds_bucket{{le="{slo.ttft_seconds}"}}' in text
-    assert f'appliance_time_per_output_token_seconds_bucket{{le="{slo.tpot_seconds}"}}' in text
+    assert f'appliance_time_to_first_token_seconds_bucket{{endpoint="/v1/completions",le="{slo.ttft_seconds}"}}' in text
+    assert f'appliance_time_per_output_token_seconds_bucket{{endpoint="/v1/completions",le="{slo.tpot_seconds}"}}' in text
 
 
 def test_the_documentation_is_current() -> None:

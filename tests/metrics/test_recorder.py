@@ -77,7 +77,8 @@ def test_a_request_is_counted_once_everywhere(recorder: Recorder, make_record: M
     counters = ("prompt_tokens_total", "cached_tokens_total", "generated_tokens_total", "written_tokens_total")
     assert [_value(recorder, name) for name in counters] == [100, 16, 50, 49]
     histograms = ("time_to_first_token", "time_per_output_token", "request_duration", "request_queue", "request_prefill", "request_decode")
-    sums = [_value(recorder, f"{name}_seconds_sum") for name in histograms]
+    by_endpoint = histograms[:3]
+    sums = [_value(recorder, f"{n}_seconds_sum", **({"endpoint": "/v1/chat/completions"} if n in by_endpoint else {})) for n in histograms]
     assert sums == pytest.approx([0.2, 0.02, 2.0, 0.1, 0.1, 1.8])
     assert _value(recorder, "request_state_seconds_total", state="prefill_wait") == pytest.approx(0.04)
 
