@@ -11,7 +11,7 @@ import contextlib
 import logging
 import signal
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 
@@ -32,8 +32,9 @@ from appliance.engine.wire import Start
 from appliance.errors import EngineFailed
 from appliance.events import EngineEvent, StepStats
 from appliance.logs import configure_logs
+from appliance.metrics.event_loop import LoopLag
 from appliance.metrics.goodput import choose_slo, judge
-from appliance.metrics.hardware import HardwareReader, detect_device
+from appliance.metrics.hardware import HardwareReader, HardwareReading, detect_device
 from appliance.metrics.nvml import Nvml
 from appliance.metrics.recorder import Recorder
 from appliance.metrics.sampler import Sampler
@@ -147,11 +148,13 @@ class Appliance:
         self.engine = SupervisedEngine(
             start, clock=self.clock, observer=EngineReports(self.recorder, writer), max_restarts=settings.engine.max_restarts
         )
-        hardware = HardwareReader(clock=self.clock, state_dir=folder.path, engine_pid=lambda: self.engine.pid, nvml=nvml)
+        hardware = HardwareReader(
+            clock=self.clock, state_dir=folder.path, engine_pid=lambda: self.engine.pid, nvml=nvml, on_reading=_on_this_loop(self.recorder.on_hardware)
+        )
         self.recorder.bind_engine(self.engine)
         self.recorder.bind_hardware(lambda: hardware.latest)
         if database is not None and writer is not None:
-            self.recorder.bind_store(lambda: writer.stats)
+            self.recorder.bind_store(lambda: writer.stats, settings.store.queue_rows)
             stack.push_async_callback(database.close)
             stack.push_async_callback(writer.close)
         await self.engine.start()
@@ -162,6 +165,7 @@ class Appliance:
             writer.start()
         hardware.start()
         stack.callback(hardware.stop)
+        stack.callback(LoopLag(self.recorder.on_loop_lag).stop)
         loop = await self._scaling(stack, policy, endpoints, database)
         tracing = open_tracing(settings.instance_id, settings.fleet, __version__)
         stack.push_async_callback(asyncio.to_thread, tracing.close)
@@ -284,6 +288,17 @@ def engine_start(settings: Settings, model_path: str, folder: StateFolder, itl_t
         itl_target_seconds=itl_target_seconds,
         **shared,
     )
+
+
+def _on_this_loop(take: Callable[[HardwareReading], None]) -> Callable[[HardwareReading], None]:
+    """`take`, called from another thread, runs on this one's event loop; not at all once that has closed."""
+    loop = asyncio.get_running_loop()
+
+    def hand_over(reading: HardwareReading) -> None:
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(take, reading)
+
+    return hand_over
 
 
 async def _migrate(database: Database) -> None:
