@@ -149,7 +149,11 @@ class Appliance:
             start, clock=self.clock, observer=EngineReports(self.recorder, writer), max_restarts=settings.engine.max_restarts
         )
         hardware = HardwareReader(
-            clock=self.clock, state_dir=folder.path, engine_pid=lambda: self.engine.pid, nvml=nvml, on_reading=_on_this_loop(self.recorder.on_hardware)
+            clock=self.clock,
+            state_dir=folder.path,
+            engine_pid=lambda: self.engine.pid,
+            nvml=nvml,
+            on_reading=_on_this_loop(self.recorder.on_hardware),
         )
         self.recorder.bind_engine(self.engine)
         self.recorder.bind_hardware(lambda: hardware.latest)
