@@ -47,16 +47,15 @@ from appliance.scaling.policy import Policy, PolicyConfig
 from appliance.scaling.webhook import Courier, Signer, check_endpoints
 from appliance.settings import Settings
 from appliance.state_folder import StateFolder
-from appliance.store import retention
 from appliance.store.database import Database, database_url
 from appliance.store.outbox import Outbox
+from appliance.store.upkeep import Upkeep
 from appliance.store.writer import StoreWriter
 from appliance.text.load import load_text
 from appliance.tracing import open_tracing
 
 _log = logging.getLogger(__name__)
 _JOB_GRACE_SECONDS = 60  # APScheduler drops a job that is over a second late, unless told otherwise
-_DAY_SECONDS = 86400.0
 _ABORT_SECONDS = 2.0  # for handlers whose request was aborted to write so to their clients
 
 
@@ -266,13 +265,8 @@ class Appliance:
             async def sample() -> None:
                 writer.put_sample(sampler.take(hardware.latest))
 
-            async def purge() -> None:
-                before = self.clock.wall() - self.settings.store.retention_days * _DAY_SECONDS
-                with contextlib.suppress(SQLAlchemyError, OSError):  # the database is away: the next hour's run takes these rows too
-                    await retention.purge(database, before_wall=before)
-
             scheduler.add_job(sample, "interval", seconds=self.settings.metrics.sample_seconds)
-            scheduler.add_job(purge, "interval", hours=1)
+            Upkeep(database, settings=self.settings.store, clock=self.clock).schedule(scheduler)
         scheduler.start()
         stack.callback(scheduler.shutdown, wait=False)
         return scheduler

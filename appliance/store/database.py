@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import resources
@@ -10,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, event, make_url, text
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.pool import ConnectionPoolEntry, NullPool
 
 import appliance
 from appliance.settings import Settings
@@ -19,8 +22,13 @@ from appliance.settings import Settings
 if TYPE_CHECKING:
     from alembic.config import Config
 
-_MIGRATION_LOCK = 0x1A9B_0001  # PostgreSQL advisory lock: one appliance of a fleet migrates, the others wait for it
+# PostgreSQL's advisory locks, where several appliances share a database
+_MIGRATION_LOCK = 0x1A9B_0001  # one migrates, the others wait for it
+UPKEEP_LOCK = 0x1A9B_0002  # one rolls up and purges for all
+_MIGRATION_WAIT_SECONDS = 60.0
 _BUSY_TIMEOUT_MS = 5_000
+_MAX_WAL_BYTES = 64 * 1024 * 1024
+_CACHE_KIB = 16 * 1024  # of each of at most six connections
 _CONNECT_TIMEOUT_SECONDS = 5.0
 
 
@@ -130,18 +138,64 @@ class Database:
             raise MigrationFailed(f"{self.url.render_as_string()}: {error}. {advice}") from error
 
     @asynccontextmanager
-    async def _locked(self) -> AsyncIterator[AsyncConnection]:
-        """A connection that alone may migrate: the SQLite write lock, or an advisory lock of PostgreSQL until its session ends."""
-        async with self._writing.connect() as connection:
-            if self.dialect == "postgresql":
-                await connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _MIGRATION_LOCK})
-                await connection.commit()
+    async def alone(self, lock: int) -> AsyncIterator[bool]:
+        """Whether this appliance has `lock` for the length of the block; False if another one has it. On SQLite, whose state folder one server owns,
+        always True. A connection that breaks gives the lock up, so what is done under it must bear to be done twice."""
+        if self.dialect == "sqlite":
+            yield True
+            return
+        async with self.engine.connect() as connection:
+            mine = bool((await connection.execute(text("SELECT pg_try_advisory_lock(:key)"), {"key": lock})).scalar())
+            await connection.commit()
             try:
-                yield connection
+                yield mine
             finally:
-                if self.dialect == "postgresql":
+                if mine:
+                    await _unlock(connection, lock)
+
+    async def analyze(self) -> None:
+        """Refresh SQLite's statistics, a few hundred rows an index; PostgreSQL does so by itself."""
+        if self.dialect == "sqlite":
+            async with self.connection() as connection:
+                await connection.exec_driver_sql("ANALYZE main")
+
+    @asynccontextmanager
+    async def _locked(self) -> AsyncIterator[AsyncConnection]:
+        """A connection that alone may migrate, and takes as long as it must: the SQLite write lock, or an advisory lock of PostgreSQL.
+
+        Raises TimeoutError if another appliance holds the lock for a minute.
+        """
+        if self.dialect == "sqlite":
+            async with self._writing.connect() as connection:
+                yield connection
+            return
+        engine = create_async_engine(self.url, poolclass=NullPool, connect_args={"timeout": _CONNECT_TIMEOUT_SECONDS})  # without a command_timeout
+        try:
+            async with engine.connect() as connection:
+                await _lock(connection, _MIGRATION_LOCK)
+                try:
+                    yield connection
+                finally:
                     await connection.rollback()
-                    await asyncio.shield(connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": _MIGRATION_LOCK}))
+                    await _unlock(connection, _MIGRATION_LOCK)
+        finally:
+            await engine.dispose()
+
+
+async def _lock(connection: AsyncConnection, lock: int) -> None:
+    deadline = time.monotonic() + _MIGRATION_WAIT_SECONDS
+    while not (await connection.execute(text("SELECT pg_try_advisory_lock(:key)"), {"key": lock})).scalar():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"another appliance has been migrating this database for {_MIGRATION_WAIT_SECONDS:.0f} s")
+        await asyncio.sleep(0.2)
+    await connection.commit()
+
+
+async def _unlock(connection: AsyncConnection, lock: int) -> None:
+    """Give the lock up, though cancelled; a connection that is dead has given it up."""
+    with contextlib.suppress(SQLAlchemyError, OSError):
+        await asyncio.shield(connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": lock}))
+        await connection.commit()
 
 
 def alembic_config(connection: Connection) -> Config:
@@ -158,7 +212,15 @@ def _prepare_sqlite(connection: Any, _: ConnectionPoolEntry) -> None:
     """WAL lets readers and the writer work side by side; with it, NORMAL loses at most the newest commits at a power cut, never the file."""
     connection.isolation_level = None  # or the driver begins transactions by its own, looser rules
     cursor = connection.cursor()
-    for pragma in (f"busy_timeout = {_BUSY_TIMEOUT_MS}", "journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON"):
+    for pragma in (
+        f"busy_timeout = {_BUSY_TIMEOUT_MS}",
+        "journal_mode = WAL",
+        "synchronous = NORMAL",
+        "foreign_keys = ON",
+        f"journal_size_limit = {_MAX_WAL_BYTES}",  # what a burst has made of it is given back
+        f"cache_size = -{_CACHE_KIB}",
+        "analysis_limit = 400",
+    ):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 

@@ -35,7 +35,7 @@ async def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest.fixture
 async def database_of_cluster(cluster: Cluster) -> str:
     """URL of a PostgreSQL database that is new and empty."""
-    return await _create(cluster)
+    return await create_database(cluster)
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ from appliance.clock import ManualClock
 from appliance.errors import InvalidRequest
 from appliance.events import EngineEvent, RequestRecord, Sample
 from appliance.settings import StoreSettings
-from appliance.store import queries
+from appliance.store import queries, retention
 from appliance.store.database import Database
 from appliance.store.outbox import GONE, Outbox
 from appliance.store.queries import RequestFilter
-from appliance.store.retention import purge
+from appliance.store.retention import Limits, purge
 from appliance.store.tables import DeliveryRow, EngineEventRow, OutboxRow, RequestRow, SampleRow, ScaleDecisionRow
 from appliance.store.writer import StoreWriter
 
@@ -200,10 +200,15 @@ async def test_a_decision_and_its_signal_are_one_transaction(database: Database)
     assert stored.signals == {"pending": 1}
 
 
+def _before(wall: float) -> Limits:
+    return Limits(ledger=wall, samples=wall, minutes=wall, hours=wall - 86400)
+
+
 async def test_the_purge_deletes_the_old_in_batches(
-    database: Database, writer: StoreWriter, make_record: Record, make_sample: Callable[[float], Sample]
+    database: Database, writer: StoreWriter, make_record: Record, make_sample: Callable[[float], Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is older than the limit goes from every table, settled signals with their deliveries too; waiting signals keep their decision."""
+    monkeypatch.setattr(retention, "_FIRST_BATCH", 7)
     for index in range(25):
         writer.put_request(make_record(index))
         writer.put_sample(make_sample(WALL + index))
@@ -214,7 +219,7 @@ async def test_the_purge_deletes_the_old_in_batches(
         session.add_all([_signal(0, "delivered", WALL), _signal(1, "pending", WALL + 1), _signal(2, "dead", WALL + 30)])
     async with database.begin() as session:
         session.add(DeliveryRow(outbox_id="signal-0", instance_id="node-1", fleet="blue", attempt=1, at_wall=WALL, duration_seconds=0.1, status=200))
-    assert await purge(database, before_wall=WALL + 20, batch=7) == 3 * 20 + 1 + 2  # decision 2 takes signal 2 along
+    assert await purge(database, _before(WALL + 20)) == 3 * 20 + 1 + 2  # decision 2 takes signal 2 along
     async with database.session() as session:
         counts = {
             table.__tablename__: (await session.execute(select(func.count()).select_from(table))).scalar()
@@ -223,7 +228,7 @@ async def test_the_purge_deletes_the_old_in_batches(
         kept = (await session.execute(select(ScaleDecisionRow.id))).scalars().all()
     assert counts == {"requests": 5, "samples": 5, "engine_events": 5, "scale_decisions": 2, "outbox": 1, "deliveries": 0}
     assert sorted(kept) == ["decision-1", "decision-9"]
-    assert await purge(database, before_wall=WALL + 20) == 0
+    assert await purge(database, _before(WALL + 20)) == 0
 
 
 async def test_the_purge_keeps_what_a_restart_goes_on_from(database: Database) -> None:
@@ -232,7 +237,7 @@ async def test_the_purge_keeps_what_a_restart_goes_on_from(database: Database) -
         session.add_all([_decision(index, WALL + index) for index in range(4)])
         session.add_all([_decision(index, WALL + index, instance_id="node-2") for index in range(2)])
         session.add_all([_signal(0, "dead", WALL, last_error=GONE), _signal(1, "dead", WALL + 1), _signal(3, "delivered", WALL + 3)])
-    assert await purge(database, before_wall=WALL + 100, batch=1) == 2 + 2 + 1  # two signals, decisions 1 and 2, the other instance's 0
+    assert await purge(database, _before(WALL + 100)) == 2 + 2 + 1  # two signals, decisions 1 and 2, the other instance's 0
     for instance_id, sequence in (("node-1", 3), ("node-2", 1)):
         found = await Outbox(database, instance_id=instance_id, fleet="blue").last_decision()
         assert found is not None
@@ -240,4 +245,4 @@ async def test_the_purge_keeps_what_a_restart_goes_on_from(database: Database) -
     outbox = Outbox(database, instance_id="node-1", fleet="blue")
     assert await outbox.disabled_endpoints() == {"http://127.0.0.1:1/hook"}
     assert await outbox.enable("http://127.0.0.1:1/hook")
-    assert await purge(database, before_wall=WALL + 100) == 2  # what was kept for the endpoint alone
+    assert await purge(database, _before(WALL + 100)) == 2  # what was kept for the endpoint alone
