@@ -38,6 +38,7 @@ from appliance.metrics.hardware import HardwareReader, HardwareReading, detect_d
 from appliance.metrics.nvml import Nvml
 from appliance.metrics.recorder import Recorder
 from appliance.metrics.sampler import Sampler
+from appliance.metrics.silent import SilentRecorder
 from appliance.model_files import resolve_model, served_name
 from appliance.notify import Notifier
 from appliance.scaling.adapters import state_json
@@ -131,7 +132,7 @@ class Appliance:
         model_name = settings.model.served_name or served_name(settings.model.path)
         nvml = Nvml.open()
         slo = choose_slo(settings.slo, detect_device(settings.engine.device, nvml))
-        self.recorder = Recorder(
+        self.recorder = (Recorder if settings.metrics.enabled else SilentRecorder)(
             clock=self.clock,
             slo=slo,
             settings=settings.metrics,
@@ -166,9 +167,10 @@ class Appliance:
         if database is not None and writer is not None:
             await _migrate(database)
             writer.start()
-        hardware.start()
+        if settings.metrics.enabled:
+            hardware.start()
+            stack.callback(LoopLag(self.recorder.on_loop_lag).stop)
         stack.callback(hardware.stop)
-        stack.callback(LoopLag(self.recorder.on_loop_lag).stop)
         loop = await self._scaling(stack, policy, endpoints, database)
         tracing = open_tracing(settings.instance_id, settings.fleet, __version__)
         stack.push_async_callback(asyncio.to_thread, tracing.close)
@@ -225,7 +227,7 @@ class Appliance:
 
     async def _scaling(self, stack: AsyncExitStack, policy: Policy, endpoints: tuple[str, ...], database: Database | None) -> ScalingLoop | None:
         settings, scaling = self.settings, self.settings.scaling
-        if scaling.mode == "off":
+        if scaling.mode == "off" or not settings.metrics.enabled:
             return None
         outbox = Outbox(database, instance_id=settings.instance_id, fleet=settings.fleet) if database is not None else None
         courier = None
@@ -256,7 +258,8 @@ class Appliance:
             if why_not_alive(services) is None:
                 self.notifier.watchdog()
 
-        scheduler.add_job(tick, "interval", seconds=1.0)
+        if self.settings.metrics.enabled:
+            scheduler.add_job(tick, "interval", seconds=1.0)
         if self.notifier.watchdog_seconds is not None:
             scheduler.add_job(watchdog, "interval", seconds=self.notifier.watchdog_seconds / 2)
         if database is not None and writer is not None:
@@ -265,7 +268,8 @@ class Appliance:
             async def sample() -> None:
                 writer.put_sample(sampler.take(hardware.latest))
 
-            scheduler.add_job(sample, "interval", seconds=self.settings.metrics.sample_seconds)
+            if self.settings.metrics.enabled:
+                scheduler.add_job(sample, "interval", seconds=self.settings.metrics.sample_seconds)
             Upkeep(database, settings=self.settings.store, clock=self.clock).schedule(scheduler)
         scheduler.start()
         stack.callback(scheduler.shutdown, wait=False)

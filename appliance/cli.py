@@ -27,6 +27,7 @@ ALIASES: Final = {
     "--max-num-seqs": ("engine.max_num_seqs", "COUNT", "most sequences in one step"),
     "--num-threads": ("engine.num_threads", "COUNT", "CPU compute threads"),
     "--state-dir": ("state_dir", "FOLDER", "folder of the model, the database, caches and the spool"),
+    "--compat-metrics": ("metrics.compat", "NAMES", "serve metrics under vllm's or otel's names too, separated by commas"),
     "--scaling-mode": ("scaling.mode", "MODE", "off, advise, approve or act"),
     "--log-level": ("log.level", "LEVEL", "debug, info, warning or error"),
     "--log-format": ("log.format", "FORMAT", "auto, console or json"),

@@ -88,6 +88,12 @@ class SloSettings(_Slice):
 class MetricsSettings(_Slice):
     """Measurements."""
 
+    enabled: bool = Field(
+        True, description="Measure, and serve /metrics. Off: no samples, and no policy loop, which has nothing to decide by. SQL has its own switch."
+    )
+    compat: tuple[Literal["vllm", "otel"], ...] = Field(
+        (), description="Namespaces that /metrics serves beside our own: `vllm`, `otel` (GenAI conventions), separated by commas."
+    )
     sample_seconds: Seconds = Field(10.0, description="Period of the samples written to SQL.")
     fast_window_seconds: Seconds = Field(30.0, description="Fast window of live statistics and of the policy.")
     slow_window_seconds: Seconds = Field(300.0, description="Slow window of live statistics and of the policy.")

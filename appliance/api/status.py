@@ -12,7 +12,7 @@ from appliance.api.admission import check_model, why_not_ready
 from appliance.api.context import SERVICES
 from appliance.api.error_reply import error_response
 from appliance.api.services import Services
-from appliance.errors import ApplianceError, EngineFailed, Unavailable
+from appliance.errors import ApplianceError, EngineFailed, NotFound, Unavailable
 
 _encode = msgspec.json.Encoder().encode
 
@@ -61,8 +61,11 @@ async def version(request: web.Request) -> web.Response:
 
 
 async def metrics(request: web.Request) -> web.Response:
-    """The Prometheus exposition."""
-    body, content_type = request.app[SERVICES].metrics_text(request.headers.get("Accept", ""))
+    """The Prometheus exposition, in OpenMetrics where the scraper's Accept header prefers that."""
+    services = request.app[SERVICES]
+    if not services.settings.metrics.enabled:
+        raise NotFound("metrics are off on this node (metrics.enabled)")
+    body, content_type = services.metrics_text(request.headers.get("Accept", ""))
     return web.Response(body=body, headers={"Content-Type": content_type})
 
 

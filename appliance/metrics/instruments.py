@@ -7,6 +7,7 @@ thread (the event loop's).
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -15,8 +16,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar
 
-from appliance.metrics.catalogue import Metric
+from appliance.metrics.catalogue import Kind, Metric
 from appliance.metrics.goodput import Slo
+
+Bucket = tuple[str, float] | tuple[str, float, Exemplar]
 
 
 class Cell:
@@ -57,15 +60,26 @@ class Histogram:
             self.counts[bisect_left(self.edges, ((1 << bits) - 1) * unit)] += count
         self.sum += total
 
-    def buckets(self) -> list[tuple[str, float] | tuple[str, float, Exemplar]]:
+    def add(self, other: Histogram) -> None:
+        """All observations of `other`, whose edges include ours or are finer."""
+        for edge, count in zip([*other.edges, math.inf], other.counts, strict=True):
+            self.counts[bisect_left(self.edges, edge)] += count
+        self.sum += other.sum
+
+    def buckets(self) -> list[Bucket]:
         """The cumulative buckets in Prometheus' form, +Inf last."""
-        cumulative: list[tuple[str, float] | tuple[str, float, Exemplar]] = []
-        total = 0
-        for index, (label, count) in enumerate(zip([*map(_edge, self.edges), "+Inf"], self.counts, strict=True)):
-            total += count
-            exemplar = self.exemplars.get(index)
-            cumulative.append((label, float(total)) if exemplar is None else (label, float(total), exemplar))
-        return cumulative
+        return cumulative(self.edges, self.counts, self.exemplars)
+
+
+def cumulative(edges: Sequence[float], counts: Sequence[int], exemplars: Mapping[int, Exemplar] | None = None) -> list[Bucket]:
+    """Counts by bucket as Prometheus wants them: each with all below it, +Inf last."""
+    result: list[Bucket] = []
+    total = 0
+    for index, (label, count) in enumerate(zip([*map(_edge, edges), "+Inf"], counts, strict=True)):
+        total += count
+        exemplar = None if exemplars is None else exemplars.get(index)
+        result.append((label, float(total)) if exemplar is None else (label, float(total), exemplar))
+    return result
 
 
 def _edge(value: float) -> str:
@@ -116,6 +130,10 @@ class Instruments(Collector):
         """Every histogram `name` by its label values."""
         return self._histograms[name]
 
+    def label_names(self, name: str) -> tuple[str, ...]:
+        """The labels of the family `name`."""
+        return self._metrics[name].labels
+
     def forget(self, name: str) -> None:
         """Drop the labelled cells of `name`: what it described is gone (or not known now)."""
         self._cells[name].clear()
@@ -142,10 +160,16 @@ class Instruments(Collector):
             raise ValueError(f"{name} has labels {self._metrics[name].labels}, got {labels}")
 
 
+def make_family(
+    kind: Kind, name: str, text: str, labels: tuple[str, ...], unit: str = ""
+) -> CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily:
+    """An empty family of prometheus_client's."""
+    if kind == "histogram":
+        return HistogramMetricFamily(name, text, labels=labels, unit=unit)
+    return (CounterMetricFamily if kind == "counter" else GaugeMetricFamily)(name, text, labels=labels, unit=unit)
+
+
 def _family(metric: Metric) -> CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily:
     # OpenMetrics wants the unit to end the name, before _total
     unit = metric.unit if metric.name.removesuffix("_total").endswith("_" + metric.unit) else ""
-    if metric.kind == "histogram":
-        return HistogramMetricFamily(metric.name, metric.help, labels=metric.labels, unit=unit)
-    kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
-    return kind(metric.name, metric.help, labels=metric.labels, unit=unit)
+    return make_family(metric.kind, metric.name, metric.help, metric.labels, unit)

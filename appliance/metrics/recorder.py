@@ -11,6 +11,8 @@ from appliance.clock import Clock
 from appliance.events import BlockEnds, EngineEvent, RequestRecord, RequestUse, Snapshot, StepStats, StoreStats
 from appliance.metrics.catalogue import CATALOGUE, Metric
 from appliance.metrics.cells import Cells
+from appliance.metrics.compat import NAMESPACES, more_edges
+from appliance.metrics.compat_collector import CompatCollector
 from appliance.metrics.energy import EnergyAccount
 from appliance.metrics.forecast import QueueForecast
 from appliance.metrics.goodput import CHAT, GENERATION_ENDPOINTS, Slo, expired_in_queue, judge
@@ -58,9 +60,10 @@ class Recorder:
         self.slo = slo
         self.clock = clock
         self.registry = registry or CollectorRegistry(auto_describe=False)
-        self.instruments = Instruments(catalogue, slo)
-        self.stats: StepStats | None = None  # of the newest step
         self._settings = settings or MetricsSettings()
+        namespaces = [NAMESPACES[name] for name in dict.fromkeys(self._settings.compat)]
+        self.instruments = Instruments(catalogue, slo, more_edges(namespaces))
+        self.stats: StepStats | None = None  # of the newest step
         self._started = clock.monotonic()
         self._history = History(max(self._settings.slow_window_seconds, self._settings.fast_window_seconds), self._started)
         self._block_size = block_size
@@ -81,6 +84,8 @@ class Recorder:
         self._set_constants(version, model, instance_id, fleet)
         self.instruments.before_collect.append(self._refresh)
         self.registry.register(self.instruments)
+        for namespace in namespaces:
+            self.registry.register(CompatCollector(namespace, self.instruments, model))
 
     # What the composition root hands over
 
