@@ -165,27 +165,29 @@ def _paged_decode_kernel(
                 tl.store(out + (entry * (HKV * GROUP) + head * GROUP + i) * D + d, result.to(out.dtype.element_ty), mask=d < D)
 
 
-def choose_config(num_decodes: int, num_kv_heads: int, head_dim: int, max_context_len: int, itemsize: int, multiprocessors: int) -> DecodeConfig:
+def choose_config(
+    num_decodes: int, num_kv_heads: int, head_dim: int, max_context_len: int, itemsize: int, multiprocessors: int, *, fp8: bool = False
+) -> DecodeConfig:
     """A cut by shape: enough splits that about two programs stand on each multiprocessor, none shorter than a tile at the longest context.
 
-    Swept on an H100 at heads of 128, 1,024 keys: a full chip streams with 64 keys, 4 warps and 3 stages (3.0 TB/s at 256 entries); with one
-    program or two a multiprocessor, smaller programs with more tiles in flight do better (64 entries: 95 us against 101; 32: 50 against 56;
-    one entry of 700 keys: 7.8 against 8.7).
+    Swept on an H100 at heads of 128: a full chip streams with 64 keys, 4 warps and 3 stages (3.0 TB/s at 256 entries). With fewer programs, whose
+    contexts differ, two splits even out the end (96 entries of 100 to 1,800 keys: 129 us against 135; 48: 74 against 84). With one program or two
+    a multiprocessor, smaller programs with more tiles in flight do better (32 entries: 50 us against 56; one entry of 700 keys: 7.8 against 8.7).
     """
     pairs = max(num_decodes * num_kv_heads, 1)
     if itemsize > 2:
         block_n, num_warps, num_stages = 32, 8, 2  # scalar units: four warps spill
     elif pairs >= 8 * multiprocessors:
+        block_n, num_warps, num_stages = (32, 4, 7) if fp8 else (64, 4, 3)
+    elif pairs > 2 * multiprocessors:
         block_n, num_warps, num_stages = 64, 4, 3
-    elif pairs >= 3 * multiprocessors:
-        block_n, num_warps, num_stages = 32, 2, 7
     elif pairs >= multiprocessors:
         block_n, num_warps, num_stages = 32, 1, 5
     else:
         block_n, num_warps, num_stages = 64, 2, 5
     if head_dim > 128:
         num_stages = min(num_stages, 3)
-    wanted = 2 * multiprocessors // pairs
+    wanted = 2 if 2 * multiprocessors < pairs < 8 * multiprocessors and itemsize <= 2 else 2 * multiprocessors // pairs
     longest = cdiv(max(max_context_len, 1), block_n)
     num_splits = 1
     while num_splits * 2 <= min(wanted, longest, 64):
@@ -212,7 +214,8 @@ def paged_decode(
     if num_decodes == 0:
         return
     if config is None:
-        config = choose_config(num_decodes, num_kv_heads, head_dim, batch.max_context_len, q.element_size(), num_multiprocessors(q.device))
+        chip = num_multiprocessors(q.device)
+        config = choose_config(num_decodes, num_kv_heads, head_dim, batch.max_context_len, q.element_size(), chip, fp8=key_cache.dtype == FP8)
     group = num_heads // num_kv_heads
     num_splits = config.num_splits
     partial = out

@@ -136,21 +136,34 @@ class Engine:
         self._in_flight.append(_InFlight(launched, started_at, scheduled_at - started_at, time.monotonic() - scheduled_at))
 
     def _process(self, launched: LaunchedStep, result: StepResult, now: float) -> None:
-        report, block_size = self._report, self.limits.block_size
-        for sequence, token_id in zip(launched.sequences, result.token_ids, strict=True):
-            if self._sequences.get(sequence.id) is not sequence:
-                report.num_surplus += 1
-                continue
-            if len(sequence.token_ids) == sequence.num_prompt:
-                report.events.append(SequenceEvent(sequence.id, "prefilled", now, sequence.num_cached))
-            sequence.token_ids.append(token_id)
-            report.sequence_ids.append(sequence.id)
-            report.token_ids.append(token_id)
-            if sequence.row is not None and len(sequence.token_ids) // block_size > sequence.num_registered:
-                self.scheduler.register_blocks(sequence)
-            if (reason := self._finish_reason(sequence, token_id)) is not None:
-                self._end(sequence, reason)
+        """Append each sequence's token; what is due less often than at every token is `_milestone`'s."""
+        report = self._report
+        sequences, token_ids, sequence_ids = launched.sequences, result.token_ids, launched.sequence_ids
+        if any(sequence.ended for sequence in sequences):
+            kept = [(sequence, token_id) for sequence, token_id in zip(sequences, token_ids, strict=True) if not sequence.ended]
+            report.num_surplus += len(sequences) - len(kept)
+            sequences, token_ids = [sequence for sequence, _ in kept], [token_id for _, token_id in kept]
+            sequence_ids = [sequence.id for sequence in sequences]
+        report.sequence_ids.extend(sequence_ids)
+        report.token_ids.extend(token_ids)
+        for sequence, token_id in zip(sequences, token_ids, strict=True):
+            known = sequence.token_ids
+            known.append(token_id)
+            if len(known) >= sequence.check_at or token_id in sequence.sampling.stop_token_ids:
+                self._milestone(sequence, token_id, now)
         report.logprobs.update(result.logprobs)
+
+    def _milestone(self, sequence: Sequence, token_id: int, now: float) -> None:
+        num_known, block_size = len(sequence.token_ids), self.limits.block_size
+        if num_known == sequence.num_prompt + 1:
+            self._report.events.append(SequenceEvent(sequence.id, "prefilled", now, sequence.num_cached))
+        if sequence.row is not None and num_known // block_size > sequence.num_registered:
+            self.scheduler.register_blocks(sequence)
+        sequence.check_at = sequence.max_tokens
+        if self.limits.prefix_caching:
+            sequence.check_at = min((num_known // block_size + 1) * block_size, sequence.max_tokens)
+        if (reason := self._finish_reason(sequence, token_id)) is not None:
+            self._end(sequence, reason)
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> str | None:
         sampling = sequence.sampling
@@ -160,6 +173,7 @@ class Engine:
 
     def _end(self, sequence: Sequence, reason: str, detail: str = "") -> None:
         del self._sequences[sequence.id]
+        sequence.ended = True
         self.scheduler.finish(sequence)
         self.runner.forget(sequence)
         self._report.finished.append((sequence.id, reason, detail))

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 _OWN_LOGITS_ROWS = 16
+_RING = 4  # outputs and events in flight: up to two steps launched, one being read, one spare
 
 
 @dataclass(slots=True)
@@ -34,6 +35,7 @@ class LaunchedStep:
 
     plan: StepPlan
     sequences: list[Sequence]
+    sequence_ids: list[int]
     entries: list[int]  # of the final chunks alone; the i-th decode is entry i
     outputs: list[Tensor]
     done: torch.cuda.Event | None
@@ -46,6 +48,16 @@ class StepResult:
 
     token_ids: list[int]
     logprobs: dict[int, TokenLogprobs]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A step as the graphs take it. One that only decodes may come again as it is: the device holds all that changes."""
+
+    sequences: list[Sequence]
+    sequence_ids: list[int]
+    bucket: Bucket
+    sampling: SamplingBatch
 
 
 class ModelRunner:
@@ -79,8 +91,8 @@ class ModelRunner:
         self.vocab_size = decoder.config.vocab_size
         self._bias: dict[int, tuple[Tensor, Tensor]] = {}  # sequence id -> ids, values
         self._is_cuda = device.type == "cuda"
-        self._copy_stream = torch.cuda.Stream(device) if self._is_cuda else None
-        self._copied: torch.cuda.Event | None = None
+        self._outputs = _OutputCopies(self.batch.max_entries, device) if self._is_cuda else None
+        self._steady: _Ready | None = None
         self.graphs: StepGraphs | None = None
         self._logits: Tensor | None = None  # where all graphs leave their logits: one buffer, since only the newest are read
         if use_graphs and self._is_cuda:
@@ -90,9 +102,12 @@ class ModelRunner:
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Start a step. On CUDA this returns while it runs; on CPU it is done."""
         self._update_rows(plan)
+        steady = self._steady
+        if steady is not None and not plan.chunks and self.graphs is not None and plan.decodes == steady.sequences:
+            return self._replay(plan, steady, [], self.graphs)
+        self._steady = None
         exact = Bucket(len(plan.decodes), len(plan.chunks), plan.num_prefill_tokens)
         bucket = self.graphs.bucket_for(exact) if self.graphs else None
-        graph_hit = bucket is not None
         shape = bucket or exact
         self.batch.upload_step(plan, shape)
         sequences = list(plan.decodes)
@@ -101,17 +116,25 @@ class ModelRunner:
             if chunk.final:
                 sequences.append(chunk.sequence)
                 entries.append(shape.num_decodes + index)
-        sampling = self._sampling_batch(sequences, entries, shape)
-        if self._copied is not None:
-            torch.cuda.current_stream().wait_event(self._copied)  # the ids of the step before are out of the buffer that this one writes
+        sampling, repeats = self._sampling_batch(sequences, entries, shape)
+        sequence_ids = [sequence.id for sequence in sequences]
         if bucket is not None and self.graphs is not None:
-            sampled = self.graphs.replay(bucket, sampling)
-            if sampled is None:
-                sampled = self._sample(self.graphs.logits(bucket), sampling, bucket)
-        else:
-            sampled = self._sample(self._forward(shape, *self._bounds(plan)), sampling, shape)
-        outputs, done = self._fetch(sampled)
-        return LaunchedStep(plan, sequences, entries, outputs, done, graph_hit)
+            steady = _Ready(sequences, sequence_ids, bucket, sampling)
+            if repeats and not plan.chunks:
+                self._steady = steady
+            return self._replay(plan, steady, entries, self.graphs)
+        if self._outputs is not None:
+            self._outputs.wait()
+        sampled = self._sample(self._forward(shape, *self._bounds(plan)), sampling, shape)
+        return LaunchedStep(plan, sequences, sequence_ids, entries, *self._fetch(sampled), graph_hit=False)
+
+    def _replay(self, plan: StepPlan, step: _Ready, entries: list[int], graphs: StepGraphs) -> LaunchedStep:
+        if self._outputs is not None:
+            self._outputs.wait()
+        sampled = graphs.replay(step.bucket, step.sampling)
+        if sampled is None:
+            sampled = self._sample(graphs.logits(step.bucket), step.sampling, step.bucket)
+        return LaunchedStep(plan, step.sequences, step.sequence_ids, entries, *self._fetch(sampled), graph_hit=True)
 
     def collect(self, step: LaunchedStep) -> StepResult:
         """Wait for a step and read its tokens."""
@@ -207,7 +230,8 @@ class ModelRunner:
         state.prompt_mask[row, prompt] = True
         state.output_counts[row] = torch.bincount(outputs, minlength=self.vocab_size)[: self.vocab_size].int()
 
-    def _sampling_batch(self, sequences: list[Sequence], entries: list[int], bucket: Bucket) -> SamplingBatch:
+    def _sampling_batch(self, sequences: list[Sequence], entries: list[int], bucket: Bucket) -> tuple[SamplingBatch, bool]:
+        """What the step asks of the sampler, and whether the next step of the same sequences asks the same."""
         flags = 0
         for sequence in sequences:
             flags |= sequence.sampling_flags
@@ -225,7 +249,7 @@ class ModelRunner:
         if flags & BIAS:
             num_decodes = len(sequences) - len(entries)
             self._add_bias(batch, list(zip(sequences, [*range(num_decodes), *entries], strict=True)))
-        return batch
+        return batch, not flags & BIAS
 
     def _add_bias(self, batch: SamplingBatch, rows: list[tuple[Sequence, int]]) -> None:
         entries: list[Tensor] = []
@@ -256,20 +280,41 @@ class ModelRunner:
             assert sampled.top_ids is not None
             assert sampled.top_logprobs is not None
             wanted += [sampled.logprobs, sampled.ranks, sampled.top_ids, sampled.top_logprobs]
-        if self._copy_stream is None:
-            return wanted, None
-        self._copy_stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._copy_stream):
+        return (wanted, None) if self._outputs is None else self._outputs.fetch(wanted)
+
+
+class _OutputCopies:
+    """Copies what a step sampled into pinned memory on a stream of their own, so that the next step need not wait for the host to read it."""
+
+    def __init__(self, max_entries: int, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._ids = [torch.empty(max_entries, dtype=torch.int32, pin_memory=True) for _ in range(_RING)]
+        self._sampled = [torch.cuda.Event() for _ in range(_RING)]
+        self._copied = [torch.cuda.Event() for _ in range(_RING)]
+        self._turn = 0
+        self._newest: torch.cuda.Event | None = None
+
+    def wait(self) -> None:
+        """Let the device wait until the ids of the step before are out of the buffer that the next one writes."""
+        if self._newest is not None:
+            torch.cuda.current_stream().wait_event(self._newest)
+
+    def fetch(self, tensors: list[Tensor]) -> tuple[list[Tensor], torch.cuda.Event]:
+        """Host copies of `tensors`, the token ids first, valid once the event has passed. Ids stay until `_RING` further steps."""
+        turn, self._turn = self._turn, (self._turn + 1) % _RING
+        sampled, copied = self._sampled[turn], self._copied[turn]
+        sampled.record(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(sampled)
             outputs = []
-            for tensor in wanted:
-                host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            for index, tensor in enumerate(tensors):
+                host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) if index else self._ids[turn][: tensor.shape[0]]
                 host.copy_(tensor, non_blocking=True)
-                tensor.record_stream(self._copy_stream)
+                tensor.record_stream(self._stream)
                 outputs.append(host)
-            done = torch.cuda.Event()
-            done.record(self._copy_stream)
-        self._copied = done
-        return outputs, done
+            copied.record(self._stream)
+        self._newest = copied
+        return outputs, copied
 
 
 def _zeros(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:

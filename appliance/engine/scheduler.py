@@ -64,6 +64,10 @@ class Scheduler:
         self.pool = pool
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []  # in order of admission: the last is the newest
+        self._prefilling: list[Sequence] = []  # of the running ones, in the same order
+        self._decoding: list[Sequence] = []  # the others, longest first: attention ends evenly where the long ones start first
+        self._num_by_key: dict[str, int] = {}  # running sequences
+        self._num_computed = self._num_held = 0  # over the running ones: tokens, and references to blocks
         self.chunk_budget = limits.max_num_batched_tokens  # prefill tokens of a step that also decodes; set by the chunk policy
         self._rows = list(range(limits.max_num_seqs - 1, -1, -1))
         self._num_arrivals = 0
@@ -119,19 +123,13 @@ class Scheduler:
 
     def count_tokens(self) -> tuple[int, int]:
         """Tokens whose KV lies in referenced blocks, a shared block counted once; and tokens still to be prefilled, waiting ones included."""
-        num_computed = num_blocks = 0
-        backlog = self.waiting.num_tokens
-        for sequence in self.running:
-            num_computed += sequence.num_computed
-            num_blocks += len(sequence.blocks)
-            if sequence.is_prefilling:
-                backlog += len(sequence.token_ids) - sequence.num_computed
-        return num_computed - (num_blocks - self.pool.num_used) * self.limits.block_size, backlog
+        backlog = self.waiting.num_tokens + sum(len(sequence.token_ids) - sequence.num_computed for sequence in self._prefilling)
+        return self._num_computed - (self._num_held - self.pool.num_used) * self.limits.block_size, backlog
 
     def _schedule_decodes(self, plan: StepPlan, now: float) -> None:
         size = self.limits.block_size
-        for sequence in list(self.running):
-            if sequence.row is None or sequence.is_prefilling or sequence.num_tokens >= sequence.max_tokens:
+        for sequence in list(self._decoding):
+            if sequence.num_tokens >= sequence.max_tokens or sequence.row is None:
                 continue
             if sequence.num_tokens > len(sequence.blocks) * size:
                 while self.pool.num_free < 1 and sequence.row is not None:
@@ -149,9 +147,7 @@ class Scheduler:
         return any(s.row == row and index < len(s.blocks) and s.blocks[index] == block for s in self.running)
 
     def _schedule_running_chunks(self, plan: StepPlan, budget: int, now: float) -> int:
-        for sequence in self.running:
-            if not sequence.is_prefilling:
-                continue
+        for sequence in self._prefilling:
             budget -= self._add_chunk(sequence, plan, budget)
         return budget
 
@@ -164,7 +160,7 @@ class Scheduler:
                 return
             hits = self._lookup_prefix(sequence)
             needed = self._num_blocks(len(sequence.token_ids)) - len(hits)
-            promised = sum(self._num_blocks(s.num_tokens) - len(s.blocks) for s in self.running if s.is_prefilling)
+            promised = sum(self._num_blocks(s.num_tokens) - len(s.blocks) for s in self._prefilling)
             headroom = len(self.running)  # each running sequence may soon need a block: admitting into the last ones only buys preemptions
             if needed + promised + min(headroom, self.pool.num_blocks // 16) > self.pool.num_free - self.pool.num_free_among(hits) and self.running:
                 return
@@ -191,7 +187,12 @@ class Scheduler:
         sequence.num_cached = min(sequence.num_computed, sequence.num_prompt)
         sequence.is_prefilling = True
         sequence.in_step = True
+        sequence.check_at = 0
         self.running.append(sequence)
+        self._prefilling.append(sequence)
+        self._num_by_key[sequence.key_id] = self._num_by_key.get(sequence.key_id, 0) + 1
+        self._num_computed += sequence.num_computed
+        self._num_held += len(hits)
         plan.new_rows.append(sequence)
         plan.new_blocks.extend((sequence.row, index, block) for index, block in enumerate(hits))
         if self.limits.prefix_caching:
@@ -220,6 +221,7 @@ class Scheduler:
         assert sequence.row is not None
         start = len(sequence.blocks)
         sequence.blocks.extend(self.pool.allocate(count))
+        self._num_held += count
         plan.new_blocks.extend((sequence.row, index, sequence.blocks[index]) for index in range(start, start + count))
 
     def _preempt_newest(self, plan: StepPlan, now: float) -> None:
@@ -238,34 +240,58 @@ class Scheduler:
         assert sequence.row is not None
         self.register_blocks(sequence)
         self.pool.free(sequence.blocks)
+        (self._prefilling if sequence.is_prefilling else self._decoding).remove(sequence)
+        self._num_computed -= sequence.num_computed
+        self._num_held -= len(sequence.blocks)
+        self._num_by_key[sequence.key_id] -= 1
+        if not self._num_by_key[sequence.key_id]:
+            del self._num_by_key[sequence.key_id]
         self._rows.append(sequence.row)
         sequence.blocks = []
         sequence.row = None
 
     def _mark_launched(self, plan: StepPlan, now: float) -> None:
-        for sequence in plan.decodes:
-            sequence.num_computed = sequence.num_tokens
-            plan.num_context_tokens += sequence.num_tokens
-            sequence.num_tokens += 1
-            self.waiting.charge(sequence.key_id, 1)
+        self._count_decodes(plan)
         in_chunks = set()
         for chunk in plan.chunks:
             sequence = chunk.sequence
             in_chunks.add(sequence.id)
             sequence.num_computed = chunk.start + chunk.length
+            self._num_computed += chunk.length
             if chunk.final:
                 sequence.is_prefilling = False
                 sequence.num_tokens += 1
+                self._prefilling.remove(sequence)
+                bisect.insort(self._decoding, sequence, key=_shortness)
             if not sequence.in_step:
                 sequence.in_step = True
                 plan.events.append(SequenceEvent(sequence.id, "prefill", now))
-        for sequence in self.running:
-            if sequence.is_prefilling and sequence.in_step and sequence.id not in in_chunks:
+        for sequence in self._prefilling:
+            if sequence.in_step and sequence.id not in in_chunks:
                 sequence.in_step = False
                 plan.events.append(SequenceEvent(sequence.id, "prefill_wait", now))
 
+    def _count_decodes(self, plan: StepPlan) -> None:
+        num_context = 0
+        for sequence in plan.decodes:
+            num_tokens = sequence.num_tokens
+            num_context += num_tokens
+            sequence.num_computed = num_tokens
+            sequence.num_tokens = num_tokens + 1
+        plan.num_context_tokens = num_context
+        self._num_computed += len(plan.decodes)
+        if len(self._num_by_key) > 1:
+            for sequence in plan.decodes:
+                self.waiting.charge(sequence.key_id, 1)
+        elif plan.decodes:
+            self.waiting.charge(plan.decodes[0].key_id, len(plan.decodes))
+
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.limits.block_size)
+
+
+def _shortness(sequence: Sequence) -> int:
+    return -sequence.num_tokens
 
 
 def _round_down(sizes: tuple[int, ...], value: int) -> int:

@@ -39,7 +39,9 @@ class Sequence:
         "arrival",
         "blocks",
         "cache_salt",
+        "check_at",
         "deadline_at",
+        "ended",
         "finish_at",
         "hashes",
         "id",
@@ -89,6 +91,8 @@ class Sequence:
         self.is_prefilling = False
         self.in_step = False
         self.was_scheduled = False
+        self.ended = False
+        self.check_at = 0  # at so many known tokens there is more to do than to append one
         self.finish_at: int | None = None  # the server found a stop string after so many outputs
 
     @property

@@ -46,6 +46,14 @@ class Driver:
             assert sequence_id not in self.ends, "two ends"
             self.ends[sequence_id] = reason
 
+    def check_counts(self) -> None:
+        """What the scheduler keeps as sums equals what its sequences hold."""
+        scheduler, pool = self.engine.scheduler, self.engine.pool
+        running = scheduler.running
+        used = sum(s.num_computed for s in running) - (sum(len(s.blocks) for s in running) - pool.num_used) * scheduler.limits.block_size
+        backlog = sum(len(s.token_ids) - s.num_computed for s in running if s.is_prefilling)
+        assert scheduler.count_tokens() == (used, backlog + scheduler.waiting.num_tokens)
+
     def run(self, max_steps: int = 5000) -> None:
         """Step until nothing is left to do; the pool must then be whole."""
         for _ in range(max_steps):
@@ -53,6 +61,7 @@ class Driver:
                 break
             self.step()
             self.engine.pool.check_integrity()
+            self.check_counts()
         assert not self.engine.has_work, "the engine did not come to an end"
         assert self.engine.pool.num_used == 0
 

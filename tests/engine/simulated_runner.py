@@ -57,7 +57,7 @@ class SimulatedRunner:
         num_tokens = len(plan.decodes) + plan.num_prefill_tokens
         self.largest_step = max(self.largest_step, num_tokens)
         self.num_computed_tokens += num_tokens
-        return LaunchedStep(plan, sequences, [], ids, None, graph_hit=False)
+        return LaunchedStep(plan, sequences, [sequence.id for sequence in sequences], [], ids, None, graph_hit=False)
 
     def collect(self, step: LaunchedStep) -> StepResult:
         return StepResult(list(step.outputs), {})

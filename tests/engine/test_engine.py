@@ -234,7 +234,7 @@ def _launch_without_checks(driver: Driver) -> Callable[..., object]:
 
     def launch(plan: object) -> LaunchedStep:
         sequences = [*plan.decodes, *(chunk.sequence for chunk in plan.chunks if chunk.final)]
-        return LaunchedStep(plan, sequences, [], [1] * len(sequences), None, graph_hit=False)
+        return LaunchedStep(plan, sequences, [sequence.id for sequence in sequences], [], [1] * len(sequences), None, graph_hit=False)
 
     return launch
 
