@@ -1,7 +1,5 @@
 #include "linear.h"
 
-#include <vector>
-
 namespace cpu {
 
 namespace {
@@ -47,7 +45,40 @@ void quantize_group(const float* x, ActGroup* out, int t, int terms) {
   quantize_term(rest, out, t + 1);
 }
 
+void quantize_block(const float* x, int num_tokens, const Acts& acts, int index) {
+  int groups = acts.groups, width = groups * kGroup;
+  ActGroup* block = acts.block(index);
+  int32_t* extra = acts.block_extra(index);
+  thread_local std::vector<float> error;  // of each group, but for a factor; -1 once chosen
+  error.assign(groups, 0.0f);
+  for (int g = 0; g < groups; ++g) {
+    for (int t = 0; t < num_tokens; ++t) {
+      quantize_term(x + size_t(t) * width + g * kGroup, block + g, t);
+      error[g] += block[g].scale[t] * block[g].scale[t];
+    }
+  }
+  for (int e = 0; e < acts.extras; ++e) {
+    int g = int(std::max_element(error.begin(), error.end()) - error.begin());
+    error[g] = -1.0f;
+    extra[e] = g;
+    alignas(64) float rest[kGroup];
+    for (int t = 0; t < num_tokens; ++t) {
+      const float* row = x + size_t(t) * width + g * kGroup;
+      for (int i = 0; i < kGroup; ++i) rest[i] = row[i] - block[g].scale[t] * float(block[g].x[t][i]);
+      quantize_term(rest, block + groups + e, t);
+    }
+  }
+}
+
 namespace {
+
+// The groups of one block of rows: those of the weights in order, then the extra ones.
+struct Groups {
+  const ActGroup* acts;
+  const int32_t* extra;
+  int in_order, count;
+  size_t weight_group(int g) const { return g < in_order ? g : extra[g - in_order]; }
+};
 
 #if defined(CPU_AVX512) && defined(__AVX512VNNI__)
 // sum += u8 weights . the four s8 at x, in each lane. As assembly because gcc spends a register and an instruction on the broadcast.
@@ -57,12 +88,14 @@ inline void dot_broadcast(__m512i& sum, __m512i weights, const void* x) {
 
 // Tokens [first, first + N) of a block against one tile: u8 weights in 8 registers, s8 activations broadcast from memory (vpdpbusd).
 template <int N, int F>
-void tile_kernel(const uint8_t* w, const ActGroup* act, int groups, int first, bool fresh, float (*out)[kTileRows]) {
+void tile_kernel(const uint8_t* tile, const Groups& part, int first, bool fresh, float (*out)[kTileRows]) {
   __m512 sums[N];
 #pragma GCC unroll 16
   for (int t = 0; t < N; ++t) sums[t] = _mm512_setzero_ps();
   const __m512i low = _mm512_set1_epi8(0x0F);
-  for (int g = 0; g < groups; ++g, w += kGroupBytes[F], ++act) {
+  const ActGroup* act = part.acts;
+  for (int g = 0; g < part.count; ++g, ++act) {
+    const uint8_t* w = tile + part.weight_group(g) * kGroupBytes[F];
     const uint8_t* quants = w + (F == kInt4Min ? 64 : 32);
     if (fresh) {  // a stream from memory: the hardware prefetcher stops at 4 KiB pages
       for (int line = 0; line < kGroupBytes[F]; line += 64) _mm_prefetch((const char*)w + 2048 + line, _MM_HINT_T0);
@@ -135,15 +168,15 @@ inline __m256i group_dot(const __m256i* q, const int32_t* x, int32_t offset) {
 }
 
 template <int N, int F>
-void tile_kernel(const uint8_t* tile, const ActGroup* acts, int groups, int first, bool fresh, float (*out)[kTileRows]) {
+void tile_kernel(const uint8_t* tile, const Groups& part, int first, bool fresh, float (*out)[kTileRows]) {
   const __m256i low = _mm256_set1_epi8(0x0F);
   for (int half = 0; half < 2; ++half) {
-    const uint8_t* w = tile;
-    const ActGroup* act = acts;
+    const ActGroup* act = part.acts;
     __m256 sums[N];
 #pragma GCC unroll 4
     for (int t = 0; t < N; ++t) sums[t] = _mm256_setzero_ps();
-    for (int g = 0; g < groups; ++g, w += kGroupBytes[F], ++act) {
+    for (int g = 0; g < part.count; ++g, ++act) {
+      const uint8_t* w = tile + part.weight_group(g) * kGroupBytes[F];
       const uint8_t* quants = w + (F == kInt4Min ? 64 : 32) + 32 * half;
       if (fresh && half == 0) {
         for (int line = 0; line < kGroupBytes[F]; line += 64) _mm_prefetch((const char*)w + 2048 + line, _MM_HINT_T0);
@@ -174,17 +207,17 @@ void tile_kernel(const uint8_t* tile, const ActGroup* acts, int groups, int firs
 #endif
 
 template <int F>
-void tile_format(const uint8_t* w, const ActGroup* acts, int groups, int num_tokens, bool fresh, float (*out)[kTileRows]) {
+void tile_format(const uint8_t* w, const Groups& part, int num_tokens, bool fresh, float (*out)[kTileRows]) {
   int first = 0;
   while (first < num_tokens) {
     int rest = num_tokens - first;
 #if defined(CPU_AVX512) && defined(__AVX512VNNI__)
-    if (rest >= 16) { tile_kernel<16, F>(w, acts, groups, first, fresh && first == 0, out); first += 16; continue; }
-    if (rest >= 8) { tile_kernel<8, F>(w, acts, groups, first, fresh && first == 0, out); first += 8; continue; }
+    if (rest >= 16) { tile_kernel<16, F>(w, part, first, fresh && first == 0, out); first += 16; continue; }
+    if (rest >= 8) { tile_kernel<8, F>(w, part, first, fresh && first == 0, out); first += 8; continue; }
 #endif
-    if (rest >= 4) { tile_kernel<4, F>(w, acts, groups, first, fresh && first == 0, out); first += 4; }
-    else if (rest >= 2) { tile_kernel<2, F>(w, acts, groups, first, fresh && first == 0, out); first += 2; }
-    else { tile_kernel<1, F>(w, acts, groups, first, fresh && first == 0, out); first += 1; }
+    if (rest >= 4) { tile_kernel<4, F>(w, part, first, fresh && first == 0, out); first += 4; }
+    else if (rest >= 2) { tile_kernel<2, F>(w, part, first, fresh && first == 0, out); first += 2; }
+    else { tile_kernel<1, F>(w, part, first, fresh && first == 0, out); first += 1; }
   }
 }
 
@@ -192,14 +225,10 @@ template <class T>
 void linear(const Linear& layer, const T* x, T* out, int num_tokens, int num_threads) {
   int width = layer.in_features;
   thread_local Workspace workspace;
-  ActGroup* acts = workspace.get<ActGroup>(0, act_groups(num_tokens, width));
+  Acts acts = make_acts(workspace, 0, num_tokens, width);
   run_team(num_threads, [&](Team& team, int) {
-    team.share(num_tokens, team.piece(num_tokens, 4), [&](int begin, int end) {
-      std::vector<float> row(width);
-      for (int t = begin; t < end; ++t) {
-        for (int i = 0; i < width; i += kLanes) vstore(row.data() + i, vload(x + size_t(t) * width + i));
-        quantize_row(row.data(), width, acts, t, num_terms(num_tokens));
-      }
+    share_quantize(team, acts, num_tokens, [&](int first, int count, float* rows) {
+      for (int i = 0; i < count * width; i += kLanes) vstore(rows + i, vload(x + size_t(first) * width + i));
     });
     team.barrier();
     share_tiles(team, layer, acts, num_tokens, [&](const Tile& tile, int first, int count, const float (*values)[kTileRows]) {
@@ -212,10 +241,11 @@ void linear(const Linear& layer, const T* x, T* out, int num_tokens, int num_thr
 
 }  // namespace
 
-void tile_product(const Tile& tile, const ActGroup* acts, int groups, int num_tokens, bool fresh, float (*out)[kTileRows]) {
-  if (tile.format == kInt4Min) tile_format<kInt4Min>(tile.data, acts, groups, num_tokens, fresh, out);
-  else if (tile.format == kInt4) tile_format<kInt4>(tile.data, acts, groups, num_tokens, fresh, out);
-  else tile_format<kInt8>(tile.data, acts, groups, num_tokens, fresh, out);
+void tile_product(const Tile& tile, const Acts& acts, int index, int num_rows, bool fresh, float (*out)[kTileRows]) {
+  Groups part{acts.block(index), acts.block_extra(index), acts.groups, acts.groups + acts.extras};
+  if (tile.format == kInt4Min) tile_format<kInt4Min>(tile.data, part, num_rows, fresh, out);
+  else if (tile.format == kInt4) tile_format<kInt4>(tile.data, part, num_rows, fresh, out);
+  else tile_format<kInt8>(tile.data, part, num_rows, fresh, out);
 }
 
 }  // namespace cpu
