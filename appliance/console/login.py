@@ -13,8 +13,8 @@ from appliance.errors import PayloadTooLarge, PermissionDenied
 
 LOGIN_ROUTE = "/console/login"
 COOKIE = "appliance_session"
-# What a cookie opens beside the console's own routes: what its page calls. Everything else takes a key.
-_API_ROUTES = frozenset({"/v1/chat/completions", "/v1/scale/decisions/{decision_id}/approve"})
+# What a cookie opens beside the console's own routes: what its page calls and links to. Everything else takes a key.
+_API_ROUTES = frozenset({"/v1/chat/completions", "/v1/scale/decisions/{decision_id}/approve", "/metrics", "/openapi.json"})
 _MAX_FORM_BYTES = 8192
 _SAFE_METHODS = frozenset({"GET", "HEAD"})
 

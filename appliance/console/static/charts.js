@@ -1,7 +1,7 @@
 // Charts over Points, drawn by uPlot, which is loaded when the first one is wanted. Colours are the style sheet's.
 
 import { h, setText } from "./dom.js";
-import { number } from "./format.js";
+import { NONE, number, when } from "./format.js";
 
 const HEIGHT = 168;
 const { base, charts, uplotIntegrity } = document.documentElement.dataset;
@@ -51,14 +51,25 @@ export class Chart {
     const known = panel.series.filter(([key]) => points.has(key));
     this.note.hidden = known.length > 0;
     this.box.classList.toggle("vacant", !known.length);
-    const newest = panel.series.map(([key, label]) => [label, points.newest(key)]).filter(([, value]) => value !== null);
-    const told = newest.map(([label, value]) => (panel.series.length > 1 ? `${label} ${number(value)}` : number(value))).join(" · ");
-    setText(this.readout, told);
-    this.box.setAttribute("aria-label", `${panel.title}, ${panel.unit}: ${told || "no data"}${panel.limit ? `; the limit is ${number(panel.limit)}` : ""}`);
+    const told = this.read(points.at.length - 1);
+    if (this.plot?.cursor.idx == null) setText(this.readout, told || NONE);
+    this.box.setAttribute("aria-label", `${panel.title}, ${panel.unit}: ${told || "no data"}${panel.limit ? `; the ${limitName(panel)} is ${number(panel.limit)}` : ""}`);
     if (!this.plot) this.build();
     if (!this.plot) return;
     this.window = [from, to];
     this.plot.setData(this.data());
+  }
+
+  /** The values of all series at one point, in words. */
+  read(index) {
+    const values = this.panel.series.map(([key, label]) => [label, this.points.columns[key][index] ?? null]).filter(([, value]) => value !== null);
+    return values.map(([label, value]) => (this.panel.series.length > 1 ? `${label} ${number(value)}` : number(value))).join(" · ");
+  }
+
+  /** The pointer is over this chart or another one: show the values there, with the time. */
+  hover(index) {
+    const at = index === null || index === undefined ? null : this.points.at[index];
+    setText(this.readout, at === null || at === undefined ? this.read(this.points.at.length - 1) || NONE : `${when(at)}: ${this.read(index) || NONE}`);
   }
 
   resize() {
@@ -87,22 +98,25 @@ export class Chart {
       points: { show: false },
       value: (_, value) => number(value),
     }));
-    if (panel.limit) series.push({ label: "SLO", stroke: colour("limit"), width: 1.25, dash: [5, 4], points: { show: false }, value: (_, value) => number(value) });
+    if (panel.limit) series.push({ label: limitName(panel), stroke: colour("limit"), width: 1.25, dash: [5, 4], points: { show: false }, value: (_, value) => number(value) });
     return {
       width: this.box.clientWidth,
       height: HEIGHT,
       padding: [8, 8, 0, 0],
       cursor: { sync: { key: "overview" }, drag: { x: false, y: false }, points: { size: 6 } },
-      legend: { show: panel.series.length > 1 || Boolean(panel.limit), live: false },
+      legend: { show: true, live: false },
+      hooks: { setCursor: [(plot) => this.hover(plot.cursor.idx)] },
       scales: { x: { time: true, range: (_, low, high) => this.window ?? [low, high] }, y: { range: (_, low, high) => [0, top(high, panel)] } },
       axes: [
-        { ...axis, space: 64, values: (_, splits, __, ___, step) => splits.map((at) => clock(at, step)) },
+        { ...axis, space: 64, size: 26, values: (_, splits, __, ___, step) => splits.map((at) => clock(at, step)) },
         { ...axis, size: 46, values: (_, splits) => splits.map((value) => number(value)) },
       ],
       series: [{}, ...series],
     };
   }
 }
+
+const limitName = (panel) => panel.limitLabel ?? "SLO";
 
 /** The upper end of the scale: the panel's own, else a little above the data. */
 function top(high, panel) {

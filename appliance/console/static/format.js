@@ -48,8 +48,9 @@ export function bytes(value) {
   return `${trim(size, 3)} ${units[unit]}`;
 }
 
-const DATE = new Intl.DateTimeFormat(undefined, { year: "numeric", month: "short", day: "numeric", hour: "2-digit", minute: "2-digit", second: "2-digit" });
-const CLOCK = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", second: "2-digit" });
+const CYCLE = { hourCycle: "h23" };
+const DATE = new Intl.DateTimeFormat(undefined, { ...CYCLE, year: "numeric", month: "short", day: "numeric", hour: "2-digit", minute: "2-digit", second: "2-digit" });
+const CLOCK = new Intl.DateTimeFormat(undefined, { ...CYCLE, hour: "2-digit", minute: "2-digit", second: "2-digit" });
 
 export const date = (wall) => (wall === null || wall === undefined ? NONE : DATE.format(new Date(wall * 1000)));
 

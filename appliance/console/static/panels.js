@@ -7,7 +7,7 @@ export const panels = (about) => [
   { id: "prompt", title: "Prompt tokens", unit: "tokens/s", series: [["promptRate", "admitted", 2, true], ["cachedRate", "from the prefix cache", 3]] },
   { id: "ttft", title: "Time to first token", unit: "s", series: [["ttftP50", "median", 1], ["ttftP95", "p95", 4]], limit: about.ttft_slo_seconds, empty: "No first token yet." },
   { id: "tpot", title: "Time per output token", unit: "ms", series: [["tpotP50", "median", 1], ["tpotP95", "p95", 4]], limit: about.tpot_slo_seconds * 1000, empty: "No finished request yet." },
-  { id: "goodput", title: "Goodput", unit: "% of requests within the SLO", series: [["goodput", "goodput", 3, true]], limit: about.slo_target * 100, max: 100, empty: "No request was judged yet." },
+  { id: "goodput", title: "Goodput", unit: "% of requests within the SLO", series: [["goodput", "goodput", 3, true]], limit: about.slo_target * 100, limitLabel: "target", max: 100, empty: "No request was judged yet." },
   { id: "requests", title: "Requests finished", unit: "1/s", series: [["requestRate", "all", 1], ["errorRate", "failed", 5], ["rejectedRate", "turned away", 4]] },
   { id: "queue", title: "Queue", unit: "sequences", series: [["running", "running", 1, true], ["waiting", "waiting", 4]] },
   { id: "age", title: "Oldest waiting", unit: "s", series: [["oldest", "age", 4, true]] },

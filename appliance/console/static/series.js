@@ -69,12 +69,6 @@ export class Points {
     for (const column of Object.values(this.columns)) column.splice(0, count);
   }
 
-  /** The newest value of a series that is one. */
-  newest(key) {
-    const column = this.columns[key];
-    return column.length ? column[column.length - 1] : null;
-  }
-
   has(key) {
     return this.columns[key].some((value) => value !== null);
   }

@@ -28,7 +28,7 @@ function showTiles(frame, about) {
   const span = `last ${duration(Math.round(fast.seconds))}`;
   const values = [
     ["Within the SLO", percent(fast.goodput), verdict(frame, about), fast.goodput === null ? "" : fast.goodput >= about.slo_target ? "good" : "bad"],
-    ["Output", `${number(fast.output_tokens_per_second)} tokens/s`, span, ""],
+    ["Output tokens/s", number(fast.output_tokens_per_second), span, ""],
     ["First token, p95", seconds(fast.ttft_p95_seconds), `promised ${seconds(about.ttft_slo_seconds)}`, judge(fast.ttft_p95_seconds, about.ttft_slo_seconds)],
     ["Per token, p95", seconds(fast.tpot_p95_seconds), `promised ${seconds(about.tpot_slo_seconds)}`, judge(fast.tpot_p95_seconds, about.tpot_slo_seconds)],
     ["Running / waiting", `${frame.num_running} / ${frame.num_waiting}`, frame.num_waiting ? `oldest waits ${seconds(frame.oldest_waiting_age_seconds)}` : "nobody waits", ""],
