@@ -9,7 +9,7 @@ from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from appliance.metrics.compat import CompatMetric, Namespace, Term
-from appliance.metrics.instruments import Histogram, Instruments, cumulative, make_family
+from appliance.metrics.instruments import AnyFamily, Histogram, Instruments, cumulative, make_family
 
 
 class CompatCollector(Collector):
@@ -35,7 +35,7 @@ class CompatCollector(Collector):
                     family.add_metric([*self._labels.values(), *labels], value)
             yield family
 
-    def _family(self, metric: CompatMetric) -> Family:
+    def _family(self, metric: CompatMetric) -> AnyFamily:
         return make_family(metric.kind, metric.name, metric.help, (*self._labels, *metric.terms[0].label_names))
 
     def _values(self, metric: CompatMetric) -> dict[tuple[str, ...], float]:

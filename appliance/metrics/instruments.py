@@ -19,6 +19,7 @@ from prometheus_client.samples import Exemplar
 from appliance.metrics.catalogue import Kind, Metric
 from appliance.metrics.goodput import Slo
 
+AnyFamily = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 Bucket = tuple[str, float] | tuple[str, float, Exemplar]
 
 
@@ -160,16 +161,14 @@ class Instruments(Collector):
             raise ValueError(f"{name} has labels {self._metrics[name].labels}, got {labels}")
 
 
-def make_family(
-    kind: Kind, name: str, text: str, labels: tuple[str, ...], unit: str = ""
-) -> CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily:
+def make_family(kind: Kind, name: str, text: str, labels: tuple[str, ...], unit: str = "") -> AnyFamily:
     """An empty family of prometheus_client's."""
     if kind == "histogram":
         return HistogramMetricFamily(name, text, labels=labels, unit=unit)
     return (CounterMetricFamily if kind == "counter" else GaugeMetricFamily)(name, text, labels=labels, unit=unit)
 
 
-def _family(metric: Metric) -> CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily:
+def _family(metric: Metric) -> AnyFamily:
     # OpenMetrics wants the unit to end the name, before _total
     unit = metric.unit if metric.name.removesuffix("_total").endswith("_" + metric.unit) else ""
     return make_family(metric.kind, metric.name, metric.help, metric.labels, unit)

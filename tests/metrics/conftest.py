@@ -226,3 +226,9 @@ class FakeNvml:
 @pytest.fixture
 def fake_nvml() -> FakeNvml:
     return FakeNvml()
+
+
+@pytest.fixture
+def engine_class() -> type[FakeEngine]:
+    """For tests that bind an engine to a recorder of their own."""
+    return FakeEngine
