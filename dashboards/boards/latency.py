@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from boards.frame import Board
 from boards.panels import heat, lines
-from boards.promql import quantile, quantiles, rate, recorded
+from boards.promql import known, quantile, quantiles, rate, recorded
 
 _FELT = [
     heat("Time to first token", "time_to_first_token_seconds", "s", "Receipt to first token; points are exemplars with request ids."),
@@ -22,7 +22,7 @@ _FELT = [
     lines("ITL by instance", [(recorded("inter_token_latency_seconds:p95_5m"), "{{instance}}")], "s", "p95 over 5 minutes."),
     lines(
         "TTFT by endpoint",
-        [(quantile(0.95, "time_to_first_token_seconds", "endpoint"), "{{endpoint}}")],
+        [(known(quantile(0.95, "time_to_first_token_seconds", "endpoint")), "{{endpoint}}")],
         "s",
         "p95: chats carry a template, completions do not.",
     ),

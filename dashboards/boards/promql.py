@@ -58,6 +58,11 @@ def quantiles(name: str) -> list[Query]:
     return [(quantile(share, name), f"p{share * 100:g}") for share in (0.5, 0.95, 0.99)]
 
 
+def known(expr: str) -> str:
+    """`expr` without NaN: a label value that had nothing to divide by, such as an idle key, has no curve instead of a broken one."""
+    return f"{expr} >= 0"
+
+
 def mean(name: str, by: str = "") -> str:
     """The mean of a histogram."""
     return f"{rate(f'{name}_sum', by)} / {rate(f'{name}_count', by)}"

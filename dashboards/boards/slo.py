@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from boards.frame import Board
 from boards.panels import ALWAYS_GREEN, BAD_ABOVE_ZERO, GOOD_ABOVE_99, lines, number
-from boards.promql import attainment, availability, highest, increase, lowest, rate, recorded, series, token_goodput, total
+from boards.promql import attainment, availability, highest, increase, known, lowest, rate, recorded, series, token_goodput, total
 
 _BUDGET = f"(1 - {lowest('slo_target_ratio')})"
 _FIRING = 'count (ALERTS{alertname=~"Appliance.+", alertstate="firing", instance=~"$instance|"}) or vector(0)'
@@ -126,21 +126,21 @@ _OF_KEY = "{{key}} {{model}}"
 _KEYS = [
     lines(
         "Goodput by key",
-        [(f"{rate('key_slo_good_requests_total', _BY_KEY)} / {rate('key_slo_requests_total', _BY_KEY)}", _OF_KEY)],
+        [(known(f"{rate('key_slo_good_requests_total', _BY_KEY)} / {rate('key_slo_requests_total', _BY_KEY)}"), _OF_KEY)],
         "percentunit",
         "Share of judged requests within the SLO, by API key and model; the nameless key is that of servers without keys.",
         low=None,
     ),
     lines(
         "Token goodput by key",
-        [(f"{rate('key_slo_good_tokens_total', _BY_KEY)} / {rate('key_slo_tokens_total', _BY_KEY)}", _OF_KEY)],
+        [(known(f"{rate('key_slo_good_tokens_total', _BY_KEY)} / {rate('key_slo_tokens_total', _BY_KEY)}"), _OF_KEY)],
         "percentunit",
         "Share of tokens that went to good requests.",
         low=None,
     ),
     lines(
         "Failures by key",
-        [(f"{rate('key_errors_total', _BY_KEY)} / {rate('key_requests_total', _BY_KEY)}", _OF_KEY)],
+        [(known(f"{rate('key_errors_total', _BY_KEY)} / {rate('key_requests_total', _BY_KEY)}"), _OF_KEY)],
         "percentunit",
         "Share of requests answered with 5xx.",
     ),
