@@ -21,6 +21,10 @@ DECODE_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224,
 MIXED_DECODE_SIZES = (0, 8, 32, 64, 96, 128, 160, 192, 224, 256, 384, 512, 768, 1024)
 CHUNK_TOKEN_SIZES = (64, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 1536, 1792, 2048)
 CHUNK_COUNTS = (4, 16)
+AHEAD_DECODES, AHEAD_CHUNK_TOKENS = (
+    (0, 8, 32, 64, 128, 256),
+    (64, 128, 256, 512, 1024, 2048),
+)  # mixed steps captured while idle; others at first demand
 MAX_GRAPHS = 160
 
 
@@ -51,6 +55,10 @@ class StepGraphs:
         self._decode_sizes = _sizes_up_to(DECODE_SIZES, limits.max_num_seqs)
         self._mixed_sizes = _sizes_up_to(MIXED_DECODE_SIZES, limits.max_num_seqs)
         self._stream = torch.cuda.Stream(device)
+        sizes = [size for size in AHEAD_DECODES if size <= limits.max_num_seqs]
+        mixed = [self.bucket_for(Bucket(decodes, 1, tokens)) for decodes in sizes for tokens in AHEAD_CHUNK_TOKENS]
+        decode_only = [Bucket(size, 0, 0) for size in self._decode_sizes]
+        self._ahead = list(dict.fromkeys([*decode_only, *(bucket for bucket in mixed if bucket is not None)]))
 
     @property
     def num_graphs(self) -> int:
@@ -93,9 +101,9 @@ class StepGraphs:
         return self._captured[bucket].logits
 
     def capture_missing(self, before: Callable[[], None]) -> bool:
-        """Capture one decode bucket ahead of demand, with both kinds of plain sampling, smallest first. False where all are there."""
-        for size in self._decode_sizes:
-            bucket = Bucket(size, 0, 0)
+        """Capture one bucket ahead of demand, with both kinds of plain sampling: decode steps, smallest first, then the likeliest mixed ones.
+        False where all are there."""
+        for bucket in self._ahead:
             captured = self._captured.get(bucket)
             if captured is not None and len(captured.sampling) == 2:
                 continue

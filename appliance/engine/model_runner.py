@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 _OWN_LOGITS_ROWS = 16
+_WARM_CHUNKS = (32, 64, 128, 256, 512, 1024, 2048)
 _RING = 4  # outputs and events in flight: up to two steps launched, one being read, one spare
 
 
@@ -150,9 +151,18 @@ class ModelRunner:
         self._bias.pop(sequence.id, None)
 
     def warm_up(self) -> None:
-        """Run a decode step, a mixed step and the plain samplers on padding alone: compiles kernels, changes no state."""
-        chunk_tokens = min(16, self.limits.max_num_batched_tokens - 1)
-        for bucket in (Bucket(1, 0, 0), Bucket(0, 1, chunk_tokens), Bucket(1, 1, chunk_tokens)):
+        """Run steps on padding alone, with the plain samplers: compiles kernels, changes no state.
+
+        Where graphs are used, every cut of a kernel that serving will choose: what is compiled later would stall the streams. It takes seconds
+        once; afterwards the kernels come from the cache on disk.
+        """
+        most = self.limits.max_num_batched_tokens - 1
+        chunk_tokens = min(16, most)
+        buckets = [Bucket(1, 0, 0), Bucket(0, 1, chunk_tokens), Bucket(1, 1, chunk_tokens)]
+        if self.graphs is not None:
+            buckets += [Bucket(size, 0, 0) for size in self.graphs.decode_sizes if size > 1]
+            buckets += [Bucket(0, 1, size) for size in _WARM_CHUNKS if size <= most]
+        for bucket in buckets:
             self._run_padding(bucket)
 
     def measure_activation_bytes(self) -> int:
@@ -172,7 +182,8 @@ class ModelRunner:
 
     def _run_padding(self, bucket: Bucket) -> None:
         self.batch.upload_step(StepPlan(), bucket)
-        logits = self._forward(bucket, max(bucket.num_chunk_tokens, 1), 1)
+        max_context_len = self.limits.context_length if self.graphs is not None else 1  # as graphs are captured
+        logits = self._forward(bucket, max(bucket.num_chunk_tokens, 1), max_context_len)
         for all_greedy in (True, False):
             self._sample_plain(logits, bucket, all_greedy)
 
