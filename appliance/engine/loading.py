@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable
@@ -16,12 +17,16 @@ from appliance.engine.chunk_policy import ChunkPolicy
 from appliance.engine.cuda_graphs import CHUNK_TOKEN_SIZES
 from appliance.engine.device_peaks import step_costs
 from appliance.engine.engine import Engine
+from appliance.engine.footprint import CUDA_RUNTIME_BYTES, Demand, read_facts
+from appliance.engine.gpu_memory import gpu_memory
+from appliance.engine.memory_plan import DeviceMemory, MemoryPlan, Storage, make_plan
 from appliance.engine.model_runner import ModelRunner
 from appliance.engine.scheduler import SchedulerLimits
 from appliance.engine.wire import Events, Ready, Start
 from appliance.errors import ModelError
 from appliance.kernels import ops as kernel_ops
 from appliance.kernels.kv_cache import FP8, block_bytes
+from appliance.model.config import ModelConfig
 from appliance.model.decoder import Decoder, load_model
 
 CUDA_ITL_TARGET_SECONDS = 0.03
@@ -81,14 +86,15 @@ def build_engine(start: Start, phase: PhaseReporter, announce: Callable[[Events]
     torch.set_grad_enabled(False)
     ops = kernel_ops.select(device, start.kernels)
     dtype, kv_dtype = choose_dtypes(start, device)
-    kv_dtype = choose_cache_dtype(start, ops, dtype, kv_dtype)
+    kv_dtype = choose_cache_dtype(start, ops.name, dtype, kv_dtype)
+    plan = plan_start(start, device) if device.type == "cuda" else None
     decoder = load_model(
         start.model_path, ops=ops, device=device, dtype=dtype, quantization=start.quantization, progress=phase.progress, seed=start.seed
     )
     phase.enter("compile", "first run of the kernels")
-    kv_bytes_per_token = kv_block_bytes(decoder, kv_dtype, start.block_size) // start.block_size
+    kv_bytes_per_token = kv_block_bytes(decoder.config, kv_dtype, start.block_size) // start.block_size
     costs = step_costs(decoder, device, kv_bytes_per_token)  # before the cache takes the memory
-    limits, sizes = _size(start, device, decoder, ops, kv_dtype)
+    limits, sizes = _size(start, device, decoder, ops, kv_dtype, plan)
     pool = BlockPool(sizes.num_blocks)
     runner = ModelRunner(
         decoder,
@@ -126,20 +132,45 @@ def build_engine(start: Start, phase: PhaseReporter, announce: Callable[[Events]
     return engine, ready
 
 
-def choose_cache_dtype(start: Start, ops: kernel_ops.Ops, dtype: torch.dtype, automatic: torch.dtype) -> torch.dtype:
+def choose_cache_dtype(start: Start, kernels: str, dtype: torch.dtype, automatic: torch.dtype) -> torch.dtype:
     """Of the KV cache: `automatic` where the settings leave it open and the kernels store it. Raises ModelError where they cannot store fp8."""
     if start.kv_cache_dtype == "fp8":
-        if ops.name not in ("triton", "reference"):
-            raise ModelError(f"an fp8 KV cache needs a GPU; the {ops.name} kernels have none (kv_cache_dtype = auto)")
-        if ops.name == "triton" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
+        if kernels not in ("triton", "reference"):
+            raise ModelError(f"an fp8 KV cache needs a GPU; the {kernels} kernels have none (kv_cache_dtype = auto)")
+        if kernels == "triton" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
             raise ModelError("an fp8 KV cache needs a GPU of compute capability 8.9 or later (kv_cache_dtype = auto)")
         return FP8
-    return dtype if ops.name == "reference" else automatic
+    return dtype if kernels == "reference" else automatic
 
 
-def kv_block_bytes(decoder: Decoder, kv_dtype: torch.dtype, block_size: int) -> int:
+def storage_rule(config: ModelConfig, device: torch.device) -> Callable[[Start], Storage]:
+    """How settings store a model of `config` on `device`, for a memory plan."""
+    name = "triton" if device.type == "cuda" else "cpu"
+
+    def storage(start: Start) -> Storage:
+        dtype, kv_dtype = choose_dtypes(start, device)
+        kernels = name if start.kernels == "auto" else start.kernels
+        kv_dtype = choose_cache_dtype(start, kernels, dtype, kv_dtype)
+        return Storage(dtype.itemsize, kv_block_bytes(config, kv_dtype, start.block_size))
+
+    return storage
+
+
+def plan_start(start: Start, device: torch.device) -> MemoryPlan:
+    """What the model will take, before any of it is read. Raises ModelError, with what to change, where it does not fit."""
+    facts = read_facts(start.model_path)
+    memory = gpu_memory()
+    if memory is None:
+        free, total = torch.cuda.mem_get_info(device)
+        memory = DeviceMemory(torch.cuda.get_device_name(device), True, total, min(free + CUDA_RUNTIME_BYTES, total))
+    plan = make_plan(facts, start, memory, storage_rule(facts.config, device))
+    if plan.sizes is None:
+        raise ModelError(f"{plan.problem}. {plan.advice}")
+    return plan
+
+
+def kv_block_bytes(config: ModelConfig, kv_dtype: torch.dtype, block_size: int) -> int:
     """Bytes of K and V of one block in all layers."""
-    config = decoder.config
     return 2 * config.num_layers * block_bytes(config.num_kv_heads, block_size, config.head_dim, kv_dtype)
 
 
@@ -149,28 +180,31 @@ def _graph_tokens(limits: SchedulerLimits, device: torch.device, start: Start) -
     return limits.max_num_batched_tokens + padding
 
 
-def _size(start: Start, device: torch.device, decoder: Decoder, ops: kernel_ops.Ops, kv_dtype: torch.dtype) -> tuple[SchedulerLimits, sizing.Sizes]:
-    seqs, tokens, chunks = sizing.step_limits(start, device)
+def _size(
+    start: Start, device: torch.device, decoder: Decoder, ops: kernel_ops.Ops, kv_dtype: torch.dtype, plan: MemoryPlan | None
+) -> tuple[SchedulerLimits, sizing.Sizes]:
+    seqs, tokens, chunks = sizing.step_limits(start, is_cuda=device.type == "cuda")
     model_context = decoder.config.max_positions
-    provisional = _limits(start, seqs, tokens, chunks, min(start.context_length or model_context, model_context))
-    activation_bytes = 0
-    if device.type == "cuda":
+    reasons: tuple[str, ...] = ()
+    if plan is not None:
+        provisional = _limits(start, seqs, tokens, chunks, min(start.context_length or model_context, model_context))
         probe = ModelRunner(decoder, ops, device, provisional, 1, kv_dtype=kv_dtype, use_graphs=False, max_num_tokens=tokens)
         activation_bytes = probe.measure_activation_bytes()
         del probe
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
         free_bytes = int(free - total * (1 - start.memory_fraction))
+        demand = dataclasses.replace(plan.demand, activations=max(activation_bytes, plan.demand.activations))
+        reasons = (
+            f"weights {decoder.weight_bytes / 1e9:.3f} GB (predicted {plan.demand.weights / 1e9:.3f}), "
+            f"a step's activations {activation_bytes / 1e9:.3f} GB (predicted {plan.demand.activations / 1e9:.3f}), "
+            f"free for the KV cache {(free_bytes - demand.reserve) / 1e9:.3f} GB (predicted {plan.free_for_kv / 1e9:.3f})",
+        )
     else:
         free_bytes = sizing.available_host_bytes()
-    sizes = sizing.choose(
-        start,
-        device,
-        free_bytes=free_bytes,
-        kv_block_bytes=kv_block_bytes(decoder, kv_dtype, start.block_size),
-        model_context=model_context,
-        activation_bytes=activation_bytes,
-    )
+        demand = Demand(decoder.weight_bytes, 0, 0, 0, 0, kv_block_bytes(decoder.config, kv_dtype, start.block_size))
+    sizes = sizing.choose(start, is_cuda=plan is not None, free_bytes=free_bytes, demand=demand, model_context=model_context)
+    sizes = dataclasses.replace(sizes, reasons=reasons + sizes.reasons)
     use_graphs = start.cuda_graphs and device.type == "cuda" and sizes.max_num_batched_tokens <= CHUNK_TOKEN_SIZES[-1]
     limits = _limits(start, sizes.max_num_seqs, sizes.max_num_batched_tokens, sizes.max_num_chunks, sizes.context_length, use_graphs=use_graphs)
     return limits, sizes
