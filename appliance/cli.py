@@ -76,6 +76,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     config.add_argument("--check", action="store_true", help="print nothing but problems; exit status 2 if there are any")
     config.add_argument("--markdown", action="store_true", help="print every setting with type, range and default (docs/settings.md)")
+    plan = commands.add_parser(
+        "plan",
+        parents=[settings],
+        help="tell whether a model fits, which context lengths and how many sequences, before loading it",
+        description="Predict what a model takes of the device's memory from its config.json or GGUF header alone; no weight is read. Exit status 0 "
+        "if it fits, 3 if `serve` would refuse it, with what to change.",
+    )
+    plan.add_argument("model_name", nargs="?", metavar="MODEL", help="as --model takes it; a folder needs no more than a config.json")
+    plan.add_argument("--gpu-memory", metavar="BYTES", help="plan for an empty GPU of this memory (80GiB, 80GB, 80e9) instead of this machine's")
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     _add_models(commands, settings)
     _add_db(commands, settings)
     _add_bench(commands)
