@@ -89,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_models(commands, settings)
     _add_db(commands, settings)
     _add_bench(commands)
+    _add_top(commands)
     commands.add_parser("version", help="print the versions of the appliance and what it stands on", description="Print versions, for bug reports.")
     return parser
 
@@ -134,6 +135,17 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Send bounded load to an OpenAI-compatible server and report throughput, TTFT, TPOT, ITL and end-to-end latency.",
     )
     add_options(bench)
+
+
+def _add_top(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from appliance.top.options import add_options
+
+    top = commands.add_parser(
+        "top",
+        help="watch an appliance in the terminal",
+        description="A live view of an appliance from its /metrics: throughput, latency, queue, KV cache, hardware, goodput, energy, last requests.",
+    )
+    add_options(top)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "console": BASE | {"store", "metrics"},
     "top": BASE,
     "report": BASE | {"store"},
-    "cli": BASE | {"commands", "bench"},
+    "cli": BASE | {"commands", "bench", "top", "report"},
 }
 EVERYTHING = {"app", "commands"}
 

@@ -1,0 +1,1 @@
+"""`appliance top`: a live view of an appliance in the terminal, from what /metrics says."""
