@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from console_browser import Browser, find_chromium, running_browser
+from console_browser import Browser, connected, find_chromium, running_chromium
 from console_server import ConsoleServer, console_server, seed, work
 
 from appliance.store.database import Database
@@ -42,11 +42,18 @@ async def locked_server(tmp_path: Path, database: Database) -> AsyncIterator[Con
         yield server
 
 
-@pytest.fixture
-async def browser(tmp_path: Path) -> AsyncIterator[Browser]:
-    """A headless Chromium of the test's own; the test is skipped where none is installed."""
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a headless Chromium; the test is skipped where none is installed."""
     program = find_chromium()
     if program is None:
         pytest.skip("no Chromium is installed (Debian: apt-get install chromium)")
-    async with running_browser(program, tmp_path) as browser:
+    with running_chromium(program, tmp_path_factory.mktemp("chromium")) as address:
+        yield address
+
+
+@pytest.fixture
+async def browser(chromium: str) -> AsyncIterator[Browser]:
+    """The browser, without pages of other tests."""
+    async with connected(chromium) as browser:
         yield browser

@@ -10,8 +10,9 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +102,10 @@ class Page:
         """Text into what has the focus."""
         await self.call("Input.insertText", text=text)
 
-    async def screenshot(self, path: Path) -> None:
+    async def screenshot(self) -> bytes:
         """What the window shows, as a PNG."""
         result = await self.call("Page.captureScreenshot", format="png", optimizeForSpeed=False)
-        path.write_bytes(base64.b64decode(result["data"]))
+        return base64.b64decode(result["data"])
 
     def _on_event(self, method: str, parameters: dict[str, Any]) -> None:
         if method == "Runtime.exceptionThrown":
@@ -159,10 +160,17 @@ class Browser:
     def __init__(self, socket: ClientWebSocketResponse, calls: Calls) -> None:
         self._socket = socket
         self._calls = calls
+        self._contexts: list[str] = []
+
+    async def close(self) -> None:
+        """Close every page."""
+        for context in self._contexts:
+            await self._calls("Target.disposeBrowserContext", {"browserContextId": context})
 
     async def page(self, width: int = 1280, height: int = 900, *, scheme: str = "light", mobile: bool = False) -> Page:
         """An empty tab."""
         context = (await self._calls("Target.createBrowserContext", {}))["browserContextId"]
+        self._contexts.append(context)
         target = (await self._calls("Target.createTarget", {"url": "about:blank", "browserContextId": context}))["targetId"]
         session_id = (await self._calls("Target.attachToTarget", {"targetId": target, "flatten": True}))["sessionId"]
         page = Page(self._socket, session_id, self._calls)
@@ -173,42 +181,46 @@ class Browser:
         return page
 
 
-@asynccontextmanager
-async def running_browser(program: str, folder: Path) -> AsyncIterator[Browser]:
-    """A browser with an empty profile under `folder`, ended at the end of the block."""
+@contextmanager
+def running_chromium(program: str, folder: Path) -> Iterator[str]:
+    """The address of a browser with an empty profile under `folder`, ended at the end of the block."""
     profile = folder / "profile"
     sandbox = ("--no-sandbox",) if os.geteuid() == 0 else ()  # Chromium refuses to run as root with it
     command = [program, *_FLAGS, *sandbox, f"--user-data-dir={profile}", "about:blank"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        port, path = await _wait_for(profile / "DevToolsActivePort", process)
-        async with ClientSession() as session, session.ws_connect(f"ws://127.0.0.1:{port}{path}", max_msg_size=1 << 27) as socket:
-            calls = Calls(socket)
-            reading = asyncio.create_task(calls.read())
-            try:
-                yield Browser(socket, calls)
-            finally:
-                with contextlib.suppress(Exception):
-                    await calls("Browser.close", {})
-                reading.cancel()
+        port, path = _wait_for(profile / "DevToolsActivePort", process)
+        yield f"ws://127.0.0.1:{port}{path}"
     finally:
-        await _end(process)
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(10)
 
 
-async def _wait_for(file: Path, process: subprocess.Popen[bytes]) -> tuple[str, str]:
-    async with asyncio.timeout(30):
-        while True:
-            assert process.poll() is None, f"the browser left with {process.returncode}"
-            lines = file.read_text().splitlines() if file.exists() else []
-            if len(lines) == 2:
-                return lines[0], lines[1]
-            await asyncio.sleep(0.05)
+@asynccontextmanager
+async def connected(address: str) -> AsyncIterator[Browser]:
+    """The browser at `address` for the length of the block; its pages end with it."""
+    async with ClientSession() as session, session.ws_connect(address, max_msg_size=1 << 27) as socket:
+        calls = Calls(socket)
+        reading = asyncio.create_task(calls.read())
+        browser = Browser(socket, calls)
+        try:
+            yield browser
+        finally:
+            await browser.close()
+            reading.cancel()
 
 
-async def _end(process: subprocess.Popen[bytes]) -> None:
-    wait: Callable[[], Awaitable[int]] = lambda: asyncio.to_thread(process.wait, 10)  # noqa: E731
-    try:
-        await wait()
-    except subprocess.TimeoutExpired:
-        process.kill()
-        await wait()
+def _wait_for(file: Path, process: subprocess.Popen[bytes]) -> tuple[str, str]:
+    """Port and path, once the browser has written them down."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        assert process.poll() is None, f"the browser left with {process.returncode}"
+        lines = file.read_text().splitlines() if file.exists() else []
+        if len(lines) == 2:
+            return lines[0], lines[1]
+        time.sleep(0.05)
+    raise AssertionError("the browser does not answer within 30 s")

@@ -64,9 +64,9 @@ async def test_a_key_is_exchanged_for_a_cookie_that_opens_the_console(locked_ser
 async def test_behind_tls_the_cookie_is_secure(locked_server: ConsoleServer) -> None:
     """A proxy that ends TLS says so, and the cookie then never travels in the clear."""
     headers = {"Origin": locked_server.url, "X-Forwarded-Proto": "https"}
-    async with ClientSession() as session:
-        async with session.post(locked_server.url + "/console/login", data={"key": "sk-bob"}, headers=headers, allow_redirects=False) as response:
-            assert SimpleCookie(response.headers["Set-Cookie"])["appliance_session"]["secure"]
+    url = locked_server.url + "/console/login"
+    async with ClientSession() as session, session.post(url, data={"key": "sk-bob"}, headers=headers, allow_redirects=False) as response:
+        assert SimpleCookie(response.headers["Set-Cookie"])["appliance_session"]["secure"]
 
 
 @pytest.mark.parametrize("key", ["", "sk-alic", "sk-alicex", "alice", "\u00e9\u20ac", "x" * 8000])
@@ -148,9 +148,8 @@ async def test_logging_out_ends_the_session_on_the_server_too(locked_server: Con
             assert response.status == 303
             assert response.headers["Location"] == "/console/login"
         assert not list(session.cookie_jar)
-        async with ClientSession(cookies=copy, cookie_jar=CookieJar(unsafe=True)) as thief:
-            async with thief.get(locked_server.url + "/console/api/about") as response:
-                assert response.status == 401
+        async with _session() as thief, thief.get(locked_server.url + "/console/api/about", cookies=copy) as response:
+            assert response.status == 401
         async with other.get(locked_server.url + "/console/api/about") as response:
             assert response.status == 200
 

@@ -74,20 +74,8 @@ def test_no_other_value_counts(clock: ManualClock) -> None:
         other = hmac.digest(b"other secret", base64.urlsafe_b64decode(forged + "=" * (-len(forged) % 4)), "sha256")
         assert cookies.read(f"{forged}.{base64.urlsafe_b64encode(other).decode().rstrip('=')}") is None
     assert _cookies(clock, {"alice": b"a" * 32}, secret=b"x" * 32).read(value) is None
-    for rubbish in (
-        "",
-        ".",
-        value[:-2],
-        value[2:],
-        payload,
-        f"{payload}.",
-        f".{signature}",
-        "é.ü",
-        "a" * 5000,
-        value + "A" * 2000,
-        "....",
-        f"{value}.{value}",
-    ):
+    damaged = ("", ".", value[:-2], value[2:], payload, f"{payload}.", f".{signature}", f"{value}.{value}", "....")
+    for rubbish in (*damaged, "é.ü", "a" * 5000, value + "A" * 2000):
         assert cookies.read(rubbish) is None, rubbish
 
 

@@ -42,7 +42,9 @@ export class Chart {
   build() {
     this.plot?.destroy();
     this.plot = null;
-    if (this.library && this.box.clientWidth) this.plot = new this.library(this.options(), this.data(), this.box);
+    if (!this.library || !this.box.clientWidth) return;
+    this.plot = new this.library(this.options(), this.data(), this.box);
+    this.plot.root.querySelector(".u-legend").setAttribute("aria-hidden", "true"); // the box's label says it in words
   }
 
   /** Show what the points hold between `from` and `to` (Unix seconds). */
