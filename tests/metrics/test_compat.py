@@ -137,17 +137,18 @@ def test_the_copies_say_what_ours_say(served: Recorder) -> None:
 
 def test_their_edges_are_exact(served: Recorder) -> None:
     """A copy has exactly the other system's edges, and its counts are those of the values, not of our coarser buckets."""
+    families = _families(served)
     for namespace in NAMESPACES.values():
         for metric in namespace.metrics:
             if metric.kind == "histogram":
-                samples = _families(served)[metric.name].samples
+                samples = families[metric.name].samples
                 edges = {float(s.labels["le"]) for s in samples if s.name.endswith("_bucket")}
                 assert edges == {*metric.edges, float("inf")}, metric.name
-    first = {s.labels["le"]: s.value for s in _families(served)["vllm:time_to_first_token_seconds"].samples if s.name.endswith("_bucket")}
+    first = {s.labels["le"]: s.value for s in families["vllm:time_to_first_token_seconds"].samples if s.name.endswith("_bucket")}
     assert (first["0.02"], first["0.04"], first["0.25"], first["0.5"], first["+Inf"]) == (0, 1, 1, 2, 2)
-    durations = {s.labels["le"]: s.value for s in _families(served)["vllm:e2e_request_latency_seconds"].samples if s.name.endswith("_bucket")}
+    durations = {s.labels["le"]: s.value for s in families["vllm:e2e_request_latency_seconds"].samples if s.name.endswith("_bucket")}
     assert (durations["0.5"], durations["0.8"], durations["1.5"], durations["2.0"]) == (0, 1, 1, 3)
-    longest = next(s.value for s in _families(served)["vllm:request_max_num_generation_tokens"].samples if s.name.endswith("_sum"))
+    longest = next(s.value for s in families["vllm:request_max_num_generation_tokens"].samples if s.name.endswith("_sum"))
     assert longest == 30 + 3 * 50
 
 

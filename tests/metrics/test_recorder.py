@@ -12,10 +12,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from appliance.clock import ManualClock
 from appliance.events import EngineEvent, LedgerState, RequestRecord, StepStats
+from appliance.metrics.goodput import Slo
 from appliance.metrics.hardware import HardwareReading, ProcessReading
 from appliance.metrics.nvml import GpuReading
 from appliance.metrics.recorder import Recorder
 from appliance.metrics.sampler import Sampler
+from appliance.metrics.silent import SilentRecorder
 
 MakeRecord = Callable[..., RequestRecord]
 MakeStats = Callable[..., StepStats]
@@ -312,3 +314,73 @@ def test_a_step_is_cheap_to_observe(recorder: Recorder, make_stats: MakeStats) -
         return (time.process_time() - started) / 200
 
     assert min(batch() for _ in range(25)) < 30e-6
+
+
+def test_a_step_shows_its_work(recorder: Recorder, engine: Any, make_stats: MakeStats) -> None:
+    """Tokens, chunks, model FLOPs and bytes, busy time and blocks of a step; utilisation is over the window's wall time."""
+    engine_seconds = 0.006
+    recorder.on_engine_event(EngineEvent("ready", 0.0, ""))
+    recorder.on_step(make_stats())
+    costs = engine.ready.costs
+    stats = make_stats()
+    expected = {
+        "engine_prefill_tokens_total": 100,
+        "engine_decode_tokens_total": 8,
+        "engine_step_tokens_sum": 108,
+        "engine_chunk_tokens_sum": 100,
+        "engine_chunk_tokens_count": 2,
+        "engine_busy_seconds_total": engine_seconds,
+        "engine_model_flops_total": costs.flops(stats),
+        "engine_model_bytes_total": costs.moved_bytes(stats),
+        "engine_peak_flops_per_second": 1e15,
+        "kv_allocated_blocks_total": 7,
+        "kv_reused_blocks_total": 1,
+        "kv_evicted_blocks_total": 2,
+        "kv_cached_blocks": 30,
+        "kv_evictable_blocks": 10,
+        "kv_used_tokens": 608,
+        "kv_used_bytes": 40 * 16 * 10_000,
+        "kv_bytes": 100 * 16 * 10_000,
+        "backlog_tokens": 700,
+    }
+    assert {name: _value(recorder, name) for name in expected} == pytest.approx(expected)
+    seconds = recorder.snapshot().fast.seconds
+    assert _value(recorder, "engine_flops_utilisation_ratio") == pytest.approx(costs.flops(stats) / seconds / 1e15)
+    assert _value(recorder, "engine_bandwidth_utilisation_ratio") == pytest.approx(costs.moved_bytes(stats) / seconds / 1e12)
+    assert _value(recorder, "engine_busy_ratio") == pytest.approx(engine_seconds / seconds)
+
+
+def test_lives_of_blocks_fall_into_their_buckets(recorder: Recorder, make_stats: MakeStats) -> None:
+    """Eleven bits are 1,024 to 2,047 ms; the edges are powers of two, so no block falls into a neighbour's bucket."""
+    recorder.on_step(make_stats())
+    assert _value(recorder, "kv_block_lifetime_seconds_bucket", le="1.024") == 0
+    assert _value(recorder, "kv_block_lifetime_seconds_bucket", le="2.048") == 3
+    assert (_value(recorder, "kv_block_lifetime_seconds_sum"), _value(recorder, "kv_block_lifetime_seconds_count")) == (4.5, 3)
+    assert (_value(recorder, "kv_block_idle_seconds_bucket", le="0.256"), _value(recorder, "kv_block_idle_seconds_bucket", le="0.512")) == (0, 2)
+    assert [_value(recorder, "kv_block_reuses_bucket", le=le) for le in ("0.0", "1.0", "3.0")] == [1, 1, 3]
+    assert _value(recorder, "kv_block_reuses_sum") == 5
+
+
+def test_a_first_token_has_an_exemplar_and_an_endpoint(recorder: Recorder) -> None:
+    """The request that was slow to start can be found from the bucket it fell into."""
+    recorder.on_first_token(0.2, "/v1/completions", "01900000-0000-7000-8000-00000000000a")
+    exposition, _ = recorder.exposition("application/openmetrics-text; version=1.0.0")
+    line = next(line for line in exposition.decode().splitlines() if "00000000000a" in line)
+    assert line.startswith('appliance_time_to_first_token_seconds_bucket{endpoint="/v1/completions",le="0.2"} 1.0 # ')
+
+
+def test_a_silent_recorder_keeps_nothing(clock: ManualClock, make_record: MakeRecord, make_stats: MakeStats) -> None:
+    """With metrics off every report is taken and none is kept; what reads it sees no data rather than zeros."""
+    silent = SilentRecorder(clock=clock, slo=Slo(0.5, 0.05))
+    before = silent.exposition()[0]
+    silent.on_received("/v1/completions")
+    silent.on_admitted(5, 5)
+    silent.on_rejected("queue_full")
+    silent.on_first_token(0.1, "/v1/completions", "id")
+    silent.on_gaps([(0.1, 3)])
+    silent.on_step(make_stats())
+    silent.on_engine_event(EngineEvent("ready", 0.0, ""))
+    silent.on_request(make_record())
+    silent.on_loop_lag(0.1)
+    assert silent.exposition()[0] == before
+    assert silent.snapshot().data_age_seconds is None
