@@ -162,6 +162,7 @@ class Observer:
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.records: list[RequestRecord] = []
+        self.uses: list[RequestUse] = []
 
     def on_received(self, endpoint: str) -> None:
         self.calls.append(("received", endpoint))
@@ -179,6 +180,7 @@ class Observer:
         self.calls.append(("other_first_token",))
 
     def on_request(self, record: RequestRecord, use: RequestUse) -> None:
+        self.uses.append(use)
         self.records.append(record)
 
 
@@ -251,9 +253,10 @@ async def start_server() -> AsyncIterator[StartServer]:
         text: TextModel | None = None,
         tracing: Tracing = NO_TRACING,
         log: dict[str, Any] | None = None,
+        metrics: dict[str, Any] | None = None,
         **server: Any,
     ) -> Server:
-        settings = Settings.model_validate({"state_dir": "/nonexistent", "server": server, "log": log or {}})
+        settings = Settings.model_validate({"state_dir": "/nonexistent", "server": server, "log": log or {}, "metrics": metrics or {}})
         records: list[RequestRecord] = []
         services = Services(
             settings=settings,

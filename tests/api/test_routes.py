@@ -1,5 +1,6 @@
 """Models, tokenization, status, metrics and the OpenAPI document."""
 
+import asyncio
 import json
 
 import pytest
@@ -68,6 +69,35 @@ async def test_metrics_come_from_the_callable(server):
     async with server.session.get(server.url + "/metrics") as response:
         assert await response.text() == "appliance_up 1\n"
         assert response.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+
+
+async def test_metrics_that_are_off_are_not_found(start_server):
+    """With metrics.enabled off there is nothing to scrape, and the error says why."""
+    server = await start_server(metrics={"enabled": False})
+    status, body, _ = await server.get("/metrics")
+    assert status == 404
+    assert "metrics.enabled" in body["error"]["message"]
+
+
+async def test_a_record_carries_the_bills_of_its_choices(server):
+    """Joules and engine time are summed over the choices; a choice whose energy is not known adds none, and with none known there is no figure."""
+    server.engine.script = None
+
+    async def ask(joules: tuple[float | None, float | None]):
+        first, number = len(server.engine.generations), len(server.records) + 1
+        reply = asyncio.create_task(server.post("/v1/completions", {"prompt": "hi", "n": 2, "max_tokens": 3}))
+        for index, amount in enumerate(joules):
+            generation = await server.generation(first + index)
+            generation.bill.seconds, generation.bill.joules = 0.25 * (index + 1), amount
+            generation.put([104] * (index + 1), finish="stop")
+        assert (await reply)[0] == 200
+        record = await server.record(number)
+        return record.joules, server.observer.uses[-1]
+
+    joules, use = await ask((2.0, 3.5))
+    assert (joules, use.engine_seconds, use.num_longest_tokens) == (5.5, 0.75, 2)
+    assert (await ask((None, 3.5)))[0] == 3.5
+    assert (await ask((None, None)))[0] is None
 
 
 async def test_version_is_the_packages(server):
