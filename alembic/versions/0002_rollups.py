@@ -64,27 +64,28 @@ def upgrade() -> None:
     failed = sa.text("status >= 400")
     op.create_index("ix_requests_failed_received_wall", "requests", ["received_wall"], sqlite_where=failed, postgresql_where=failed)
 
-    op.create_table(
-        "usage_rollup",
-        sa.Column("period_seconds", sa.Integer(), nullable=False),
-        _real("start_wall", nullable=False),
-        sa.Column("instance_id", sa.String(length=64), nullable=False),
-        sa.Column("fleet", sa.String(length=64), nullable=False),
-        sa.Column("key_id", sa.String(length=128), nullable=False),
-        sa.Column("model", sa.String(length=256), nullable=False),
-        *(_count(name) for name in _USAGE_COUNTS),
-        _count("num_written_tokens"),
-        _real("duration_seconds", nullable=False),
-        _real("queued_seconds", nullable=False),
-        _real("joules"),
-        *(_count(name) for name in _JUDGED_COUNTS),
-        _count("num_ttft"),
-        _real("ttft_seconds", nullable=False),
-        _real("max_ttft_seconds"),
-        _real("max_duration_seconds"),
-        sa.PrimaryKeyConstraint("period_seconds", "start_wall", "instance_id", "fleet", "key_id", "model", name=op.f("pk_usage_rollup")),
-        sqlite_with_rowid=False,
-    )
+    for table, key in (("usage_rollup", ("key_id", "model")), ("usage_totals", ())):
+        op.create_table(
+            table,
+            sa.Column("period_seconds", sa.Integer(), nullable=False),
+            _real("start_wall", nullable=False),
+            sa.Column("instance_id", sa.String(length=64), nullable=False),
+            sa.Column("fleet", sa.String(length=64), nullable=False),
+            *(sa.Column(name, sa.String(length=length), nullable=False) for name, length in (("key_id", 128), ("model", 256)) if name in key),
+            *(_count(name) for name in _USAGE_COUNTS),
+            _count("num_written_tokens"),
+            _real("duration_seconds", nullable=False),
+            _real("queued_seconds", nullable=False),
+            _real("joules"),
+            *(_count(name) for name in _JUDGED_COUNTS),
+            _count("num_ttft"),
+            _real("ttft_seconds", nullable=False),
+            _real("max_ttft_seconds"),
+            _real("max_duration_seconds"),
+            sa.PrimaryKeyConstraint("period_seconds", "start_wall", "instance_id", "fleet", *key, name=op.f(f"pk_{table}")),
+            sqlite_with_rowid=False,
+        )
+    op.create_index(op.f("ix_usage_rollup_key_id_period_seconds_start_wall"), "usage_rollup", ["key_id", "period_seconds", "start_wall"])
 
     op.create_table(
         "samples_rollup",
@@ -119,6 +120,7 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.drop_table("samples_rollup")
+    op.drop_table("usage_totals")
     op.drop_table("usage_rollup")
     op.drop_index("ix_requests_failed_received_wall", "requests")
     op.drop_index("ix_requests_duration_seconds_received_wall", "requests")
@@ -145,7 +147,7 @@ def _add_up(period_seconds: int) -> None:
         "max_duration_seconds": "max(duration_seconds)",
     }
     by = f"{start} * {period_seconds}"
-    key = "instance_id, fleet, key_id, model"
-    statement = f"INSERT INTO usage_rollup (period_seconds, start_wall, {key}, {', '.join(sums)}) "
-    statement += f"SELECT {period_seconds}, {by}, {key}, {', '.join(sums.values())} FROM requests GROUP BY {by}, {key}"  # noqa: S608 (names of this file)
-    op.execute(statement)
+    for table, key in (("usage_rollup", "instance_id, fleet, key_id, model"), ("usage_totals", "instance_id, fleet")):
+        statement = f"INSERT INTO {table} (period_seconds, start_wall, {key}, {', '.join(sums)}) "
+        statement += f"SELECT {period_seconds}, {by}, {key}, {', '.join(sums.values())} FROM requests GROUP BY {by}, {key}"  # noqa: S608 (our names)
+        op.execute(statement)

@@ -85,16 +85,16 @@ async def find_requests(session: AsyncSession, where: RequestFilter = _EVERYTHIN
         indexed.append(and_(c.received_wall <= at_wall, or_(c.received_wall < at_wall, c.id < last_id)))
     newest = (c.received_wall.desc(), c.id.desc())
     # The farthest row that this page may look at, found in the index alone.
-    edge = (await session.execute(select(c.received_wall, c.id).where(*indexed).order_by(*newest).offset(_SCAN_ROWS - 1).limit(1))).first()
-    bounded = [] if edge is None or not filters else [c.received_wall >= edge[0]]
+    farthest = select(c.received_wall).where(*indexed).order_by(*newest).offset(_SCAN_ROWS - 1).limit(1)
+    edge = (await session.execute(farthest)).scalar() if filters else None
+    bounded = [] if edge is None else [c.received_wall >= edge]
     query = select(_LEDGER).where(*indexed, *bounded, *filters).order_by(*newest).limit(limit + 1)
     rows = (await session.execute(query)).mappings().all()
     found = tuple(_stored_request(dict(row)) for row in rows[:limit])
     if len(rows) > limit:
         return RequestPage(requests=found, cursor=_cursor(rows[limit - 1]["received_wall"], rows[limit - 1]["id"]))
-    if bounded:
-        assert edge is not None
-        return RequestPage(requests=found, cursor=_cursor(edge[0], ""))  # every row of that time was looked at
+    if edge is not None:
+        return RequestPage(requests=found, cursor=_cursor(edge, ""))  # every row of that time was looked at
     return RequestPage(requests=found, cursor=None)
 
 

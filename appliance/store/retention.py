@@ -50,7 +50,7 @@ async def purge(database: Database, limits: Limits) -> int:
     later = aliased(ScaleDecisionRow)
     is_newest = ~exists().where(later.instance_id == ScaleDecisionRow.instance_id, later.sequence > ScaleDecisionRow.sequence)
     needed = select(OutboxRow.decision_id).where(not_(settled))
-    rollup, usage = _TABLES["samples_rollup"].c, _TABLES["usage_rollup"].c
+    rollup, usage, totals = _TABLES["samples_rollup"].c, _TABLES["usage_rollup"].c, _TABLES["usage_totals"].c
     num_deleted = 0
     for table, at, before_wall, conditions in (
         ("requests", "received_wall", limits.ledger, ()),
@@ -62,6 +62,8 @@ async def purge(database: Database, limits: Limits) -> int:
         ("samples_rollup", "start_wall", limits.hours - HOUR_SECONDS, (rollup.resolution_seconds == HOUR_SECONDS,)),
         ("usage_rollup", "start_wall", limits.hours - HOUR_SECONDS, (usage.period_seconds == HOUR_SECONDS,)),
         ("usage_rollup", "start_wall", limits.hours - _DAY_SECONDS, (usage.period_seconds == _DAY_SECONDS,)),
+        ("usage_totals", "start_wall", limits.hours - HOUR_SECONDS, (totals.period_seconds == HOUR_SECONDS,)),
+        ("usage_totals", "start_wall", limits.hours - _DAY_SECONDS, (totals.period_seconds == _DAY_SECONDS,)),
     ):
         num_deleted += await _purge_table(database, _TABLES[table], at, before_wall, conditions)
     return num_deleted

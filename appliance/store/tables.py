@@ -85,21 +85,9 @@ class RequestRow(Base):
     tpot_good: Mapped[bool | None]
 
 
-class UsageRollupRow(Base):
-    """Requests by hour and by UTC day of their reception: sums over one instance, key and model. Outlives the ledger.
+class _Usage:
+    """What requests add up to, in both tables below."""
 
-    The writer adds to it in the transaction that stores the ledger row, so that the two agree at any instant, and a row stored once counts once.
-    """
-
-    __tablename__ = "usage_rollup"
-    __table_args__ = ({"sqlite_with_rowid": False},)  # clustered by its key: a time range lies together
-
-    period_seconds: Mapped[int] = mapped_column(Integer, primary_key=True)  # 3600 or 86400
-    start_wall: Mapped[float] = mapped_column(primary_key=True)  # a whole multiple of the period
-    instance_id: Mapped[str] = mapped_column(String(64), primary_key=True)
-    fleet: Mapped[str] = mapped_column(String(64), primary_key=True)
-    key_id: Mapped[str] = mapped_column(String(128), primary_key=True)
-    model: Mapped[str] = mapped_column(String(256), primary_key=True)
     num_requests: Mapped[int]
     num_errors: Mapped[int]  # status >= 500
     num_rejected: Mapped[int]  # 429 and 503
@@ -122,6 +110,36 @@ class UsageRollupRow(Base):
     ttft_seconds: Mapped[float]  # sum over those
     max_ttft_seconds: Mapped[float | None]
     max_duration_seconds: Mapped[float | None]
+
+
+class UsageRollupRow(_Usage, Base):
+    """Requests by hour and by UTC day of their reception, instance, key and model. Outlives the ledger.
+
+    The writer adds to it in the transaction that stores the ledger row, so that the two agree at any instant, and a row stored once counts once.
+    """
+
+    __tablename__ = "usage_rollup"
+    # Clustered by its primary key: a time range lies together.
+    __table_args__ = (Index(None, "key_id", "period_seconds", "start_wall"), {"sqlite_with_rowid": False})
+
+    period_seconds: Mapped[int] = mapped_column(Integer, primary_key=True)  # 3600 or 86400
+    start_wall: Mapped[float] = mapped_column(primary_key=True)  # a whole multiple of the period
+    instance_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    fleet: Mapped[str] = mapped_column(String(64), primary_key=True)
+    key_id: Mapped[str] = mapped_column(String(128), primary_key=True)
+    model: Mapped[str] = mapped_column(String(256), primary_key=True)
+
+
+class UsageTotalRow(_Usage, Base):
+    """The same over all keys and models together: a month by hour is 720 rows of an instance, however many keys there are."""
+
+    __tablename__ = "usage_totals"
+    __table_args__ = ({"sqlite_with_rowid": False},)
+
+    period_seconds: Mapped[int] = mapped_column(Integer, primary_key=True)
+    start_wall: Mapped[float] = mapped_column(primary_key=True)
+    instance_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    fleet: Mapped[str] = mapped_column(String(64), primary_key=True)
 
 
 class SampleRow(Base):

@@ -1,4 +1,4 @@
-"""Adds ledger rows to `usage_rollup`, in the transaction that stores them."""
+"""Adds ledger rows to `usage_rollup` and `usage_totals`, in the transaction that stores them."""
 
 from __future__ import annotations
 
@@ -9,34 +9,39 @@ from sqlalchemy import ColumnElement, Insert, Table, case
 from sqlalchemy.dialects import postgresql, sqlite
 
 from appliance.store.rows import Row
-from appliance.store.tables import UsageRollupRow
+from appliance.store.tables import UsageRollupRow, UsageTotalRow
 
 PERIODS_SECONDS = (3600, 86400)
 
-_TABLE: Table = UsageRollupRow.metadata.tables[UsageRollupRow.__tablename__]
-_KEY = tuple(column.name for column in _TABLE.primary_key.columns)
+ROLLUP: Table = UsageRollupRow.metadata.tables[UsageRollupRow.__tablename__]
+TOTALS: Table = UsageTotalRow.metadata.tables[UsageTotalRow.__tablename__]
+
 _TOKENS = ("num_prompt_tokens", "num_cached_tokens", "num_generated_tokens", "num_written_tokens")
+_EMPTY: Row = {
+    column.name: None if column.nullable else 0.0 if column.name.endswith("_seconds") else 0 for column in TOTALS.columns if not column.primary_key
+}
 
 
-def usage_rows(requests: Iterable[Row]) -> list[Row]:
-    """Ledger rows as rows of `usage_rollup`: one for each hour and UTC day, instance, key and model among them, ordered by key."""
+def usage_rows(requests: Iterable[Row], table: Table) -> list[Row]:
+    """Ledger rows as rows of `table`, ROLLUP or TOTALS: one for each hour and UTC day and whatever else its key holds, ordered by that."""
+    names = tuple(column.name for column in table.primary_key.columns)
     groups: dict[tuple[Any, ...], Row] = {}
     for request in requests:
+        whose = [request[name] for name in names[2:]]
         for period in PERIODS_SECONDS:
-            start = float(request["received_wall"] // period * period)
-            key = (period, start, request["instance_id"], request["fleet"], request["key_id"], request["model"])
+            key = (period, float(request["received_wall"] // period * period), *whose)
             group = groups.get(key)
             if group is None:
-                group = groups[key] = dict(zip(_KEY, key, strict=True)) | _EMPTY
+                group = groups[key] = dict(zip(names, key, strict=True)) | _EMPTY
             _count(group, request)
     return [groups[key] for key in sorted(groups)]
 
 
-def usage_upsert(dialect: str) -> Insert:
+def usage_upsert(table: Table, dialect: str) -> Insert:
     """The statement that adds such rows to what is stored."""
-    insert: postgresql.Insert | sqlite.Insert = (postgresql if dialect == "postgresql" else sqlite).insert(_TABLE)
+    insert: postgresql.Insert | sqlite.Insert = (postgresql if dialect == "postgresql" else sqlite).insert(table)
     changes: dict[str, ColumnElement[Any]] = {}
-    for column in _TABLE.columns:
+    for column in table.columns:
         stored, new = column, insert.excluded[column.name]
         if column.primary_key:
             continue
@@ -46,12 +51,7 @@ def usage_upsert(dialect: str) -> Insert:
             changes[column.name] = case((stored.is_(None), new), (new.is_(None), stored), else_=stored + new)
         else:
             changes[column.name] = stored + new
-    return insert.on_conflict_do_update(index_elements=list(_KEY), set_=changes)
-
-
-_EMPTY: Row = {
-    column.name: None if column.nullable else 0.0 if column.name.endswith("_seconds") else 0 for column in _TABLE.columns if not column.primary_key
-}
+    return insert.on_conflict_do_update(index_elements=list(table.primary_key.columns), set_=changes)
 
 
 def _count(group: Row, request: Row) -> None:

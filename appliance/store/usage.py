@@ -1,4 +1,4 @@
-"""Usage, cost and SLO by hour, day and key, from `usage_rollup` alone: a month of a million requests is some ten thousand rows of it.
+"""Usage, cost and SLO by hour, day and key, from `usage_rollup` and `usage_totals` alone: never from the ledger, however many requests there were.
 
 Ranges are in whole hours of UTC: the start is rounded down, the end up.
 """
@@ -12,14 +12,13 @@ from sqlalchemy import CompoundSelect, Select, func, select, union_all
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from appliance.store.results import HourSlo, HourUsage, KeyUsage, Known, Prices, Usage
-from appliance.store.tables import UsageRollupRow
+from appliance.store.tally import ROLLUP, TOTALS
 
 HOUR_SECONDS: Final = 3600
 DAY_SECONDS: Final = 86400
 
-_TABLE = UsageRollupRow.__table__
-_SUMS = tuple(c for c in _TABLE.columns if not c.primary_key and not c.name.startswith("max_"))
-_MAXIMA = tuple(c for c in _TABLE.columns if c.name.startswith("max_"))
+_SUMS = tuple(c for c in TOTALS.columns if not c.primary_key and not c.name.startswith("max_"))
+_MAXIMA = tuple(c for c in TOTALS.columns if c.name.startswith("max_"))
 _COUNTS = frozenset(c.name for c in _SUMS if c.name.startswith("num_"))
 _NO_PRICES = Prices()
 
@@ -125,7 +124,7 @@ async def busiest_hours(
 async def known(session: AsyncSession, *, since_wall: float, until_wall: float) -> Known:
     """The keys, models, instances and fleets that had a request in the UTC days of the range, each sorted."""
     start, end = _whole(since_wall, until_wall, DAY_SECONDS)
-    c = _TABLE.c
+    c = ROLLUP.c
     query = (
         select(c.key_id, c.model, c.instance_id, c.fleet).where(c.period_seconds == DAY_SECONDS, c.start_wall >= start, c.start_wall < end).distinct()
     )
@@ -142,14 +141,15 @@ async def _grouped(session: AsyncSession, since_wall: float, until_wall: float, 
     """Aggregates of the range's whole hours: whole days from the daily rows, the hours at both ends from the hourly ones."""
     start, end = _whole(since_wall, until_wall, HOUR_SECONDS)
     first_day, last_day = math.ceil(start / DAY_SECONDS) * float(DAY_SECONDS), math.floor(end / DAY_SECONDS) * float(DAY_SECONDS)
+    by_key = bool(by)
     parts: Select[Any] | CompoundSelect[Any]
     if first_day >= last_day:
-        parts = _slice(HOUR_SECONDS, start, end, **where)
+        parts = _slice(HOUR_SECONDS, start, end, by_key=by_key, **where)
     else:
         parts = union_all(
-            _slice(HOUR_SECONDS, start, first_day, **where),
-            _slice(DAY_SECONDS, first_day, last_day, **where),
-            _slice(HOUR_SECONDS, last_day, end, **where),
+            _slice(HOUR_SECONDS, start, first_day, by_key=by_key, **where),
+            _slice(DAY_SECONDS, first_day, last_day, by_key=by_key, **where),
+            _slice(HOUR_SECONDS, last_day, end, by_key=by_key, **where),
         )
     source = parts.subquery()
     columns = [source.c[name] for name in by]
@@ -157,12 +157,13 @@ async def _grouped(session: AsyncSession, since_wall: float, until_wall: float, 
     return [dict(row) for row in (await session.execute(query)).mappings()]
 
 
-def _slice(period: int, start: float, end: float, **where: str | None) -> Select[Any]:
-    c = _TABLE.c
-    query = select(_TABLE).where(c.period_seconds == period, c.start_wall >= start, c.start_wall < end)
+def _slice(period: int, start: float, end: float, *, by_key: bool = False, **where: str | None) -> Select[Any]:
+    """Rows of the range: those of each key where keys or models are asked about, else those of all together."""
+    table = ROLLUP if by_key or where.get("key_id") is not None or where.get("model") is not None else TOTALS
+    query = select(table).where(table.c.period_seconds == period, table.c.start_wall >= start, table.c.start_wall < end)
     for name, value in where.items():
         if value is not None:
-            query = query.where(c[name] == value)
+            query = query.where(table.c[name] == value)
     return query
 
 

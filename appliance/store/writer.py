@@ -23,7 +23,7 @@ from appliance.store.database import Database
 from appliance.store.rows import TABLES, Record, Row, Verdict, completed, row_of
 from appliance.store.spool import Spool
 from appliance.store.tables import RequestRow
-from appliance.store.tally import usage_rows, usage_upsert
+from appliance.store.tally import ROLLUP, TOTALS, usage_rows, usage_upsert
 
 _log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class StoreWriter:
         self._inserts: dict[str, Insert] = {name: dialect.insert(table).on_conflict_do_nothing() for name, table in TABLES.items()}
         ledger = TABLES[RequestRow.__tablename__]
         self._insert_requests = dialect.insert(ledger).on_conflict_do_nothing().returning(ledger.c.id)
-        self._upsert_usage = usage_upsert(database.dialect)
+        self._upsert_usage = [(table, usage_upsert(table, database.dialect)) for table in (ROLLUP, TOTALS)]
 
     def put_request(self, record: RequestRecord) -> None:
         """A request finished."""
@@ -260,9 +260,10 @@ class StoreWriter:
             for row in some:
                 if row["id"] in new:
                     stored.setdefault(row["id"], row)
-        usage = usage_rows(stored.values())
-        for start in range(0, len(usage), _STATEMENT_ROWS):
-            await connection.execute(self._upsert_usage, usage[start : start + _STATEMENT_ROWS])
+        for table, upsert in self._upsert_usage:
+            usage = usage_rows(stored.values(), table)
+            for start in range(0, len(usage), _STATEMENT_ROWS):
+                await connection.execute(upsert, usage[start : start + _STATEMENT_ROWS])
 
     async def _write_singly(self, rows: list[tuple[str, Row]]) -> None:
         for row in rows:
