@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 
 import torch
 from torch import Tensor
@@ -115,7 +116,7 @@ def load_model(
     with the share done, 0-1. Raises ModelError.
     """
     weights = open_weights(path, device=device, dtype=dtype, seed=seed)
-    with ReadAhead(weights.maps()):
+    with closing(weights), ReadAhead(weights.maps()):
         return _Loader(weights, ops, device, dtype, quantization, progress or (lambda _: None)).load(max_positions)
 
 
@@ -132,6 +133,7 @@ class _Loader:
         self._progress = progress
         self._num_parameters = 0
         self._num_bytes = 0
+        self._read_bytes = 0
 
     def load(self, max_positions: int | None) -> Decoder:
         config = self._config
@@ -141,7 +143,8 @@ class _Loader:
         layers = []
         for index in range(config.num_layers):
             layers.append(self._layer(index, shape))
-            self._progress((index + 1) / (config.num_layers + 1))
+            if not self._weights.num_bytes:
+                self._progress((index + 1) / (config.num_layers + 1))
         norm = self._vector("model.norm.weight", config.hidden_size)
         head = self._head(embedding)
         factors = self._weights.get("rope_freqs.weight", (config.rope.width // 2,)) if self._weights.has("rope_freqs.weight") else None
@@ -230,4 +233,7 @@ class _Loader:
     def _get(self, name: str, shape: tuple[int, ...]) -> WeightSource:
         weight = self._weights.get(name, shape)
         self._num_parameters += weight.shape[0] * weight.shape[1] if isinstance(weight, GgufTensor) else weight.numel()
+        self._read_bytes += weight.data.nbytes
+        if self._weights.num_bytes:
+            self._progress(min(self._read_bytes / self._weights.num_bytes, 1.0))
         return weight

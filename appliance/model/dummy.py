@@ -24,6 +24,7 @@ class DummyWeights:
         self._device = device
         self._dtype = dtype
         self._seed = seed
+        self.num_bytes = 0
 
     def has(self, name: str) -> bool:
         return name != "rope_freqs.weight"
@@ -42,3 +43,6 @@ class DummyWeights:
 
     def maps(self) -> Sequence[Tensor]:
         return []
+
+    def close(self) -> None:
+        pass

@@ -84,6 +84,7 @@ class GgufWeights:
         self.config = parse_gguf_config(header.metadata, header.tensors.keys(), vocab_size, str(file))
         whole = map_bytes(file)
         self._data = whole[header.data_start :]
+        self.num_bytes = self._data.nbytes
 
     def has(self, name: str) -> bool:
         return gguf_name(name) in self._tensors
@@ -108,6 +109,9 @@ class GgufWeights:
 
     def maps(self) -> Sequence[Tensor]:
         return [self._data]
+
+    def close(self) -> None:
+        pass
 
     def _bytes(self, name: str, info: TensorInfo, size: int) -> Tensor:
         if info.offset + size > self._data.shape[0]:

@@ -1,4 +1,4 @@
-"""Safetensors folders, memory-mapped: the header is JSON, the rest is tensors that need no parsing.
+"""Safetensors folders: the header is JSON, the rest is tensors that need no parsing. Memory-mapped for a CPU; for a GPU read by several threads.
 
 Source: the format's specification (huggingface/safetensors, README).
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +18,7 @@ from torch import Tensor
 from appliance.errors import ModelError
 from appliance.model.config import load_config
 from appliance.model.mapped_file import map_bytes
+from appliance.model.parallel_read import ParallelReader, Span
 from appliance.model.weights import check_shape
 
 _DTYPES: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -24,9 +26,12 @@ _MAX_HEADER_BYTES: Final = 100_000_000  # the format's own limit
 
 
 class SafetensorsWeights:
-    """All *.safetensors files of a folder, or those that its index names."""
+    """All *.safetensors files of a folder, or those that its index names.
 
-    def __init__(self, folder: Path) -> None:
+    With a `device`, weights come as tensors there, read in parallel and ahead of their use; without, as maps of the files.
+    """
+
+    def __init__(self, folder: Path, device: torch.device | None = None) -> None:
         self.config = load_config(folder)
         self._folder = folder
         self._maps: list[Tensor] = []
@@ -35,6 +40,8 @@ class SafetensorsWeights:
             data, header = _read_header(file)
             self._maps.append(data)
             self._entries.update({name: (file, data, entry) for name, entry in header.items() if name != "__metadata__"})
+        self.num_bytes = sum(data.nbytes for data in self._maps)
+        self._reader = None if device is None else ParallelReader(self._spans(), device)
 
     def has(self, name: str) -> bool:
         return name in self._entries
@@ -50,13 +57,40 @@ class SafetensorsWeights:
         start, end = entry["data_offsets"]
         if not 0 <= start <= end <= data.shape[0] or end - start != math.prod(shape) * dtype.itemsize:
             raise ModelError(f"{file}: {name} lies at bytes {start}-{end} of {data.shape[0]}; the file is cut short or damaged")
-        raw = data[start:end]
+        raw = data[start:end] if self._reader is None else self._reader.take(name)
         if raw.data_ptr() % dtype.itemsize:
             raw = raw.clone()  # files written before the format aligned its header
         return raw.view(dtype).view(shape)
 
     def maps(self) -> Sequence[Tensor]:
-        return self._maps
+        return self._maps if self._reader is None else []
+
+    def close(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+
+    def _spans(self) -> list[Span]:
+        """Where each weight lies, in the order in which a decoder is built. Those that `get` will refuse are left to it."""
+        spans = []
+        for name in sorted(self._entries, key=_build_order):
+            file, data, entry = self._entries[name]
+            start, end = entry["data_offsets"]
+            if 0 <= start <= end <= data.nbytes and not (name == "lm_head.weight" and self.config.tie_word_embeddings):
+                spans.append(Span(name, file, file.stat().st_size - data.nbytes + start, end - start))
+        return spans
+
+
+_LAYER: Final = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_IN_LAYER: Final = ("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.q_norm", "self_attn.k_norm")
+_AFTER: Final = ("self_attn.o_proj", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_PLACES: Final = {f"{name}.{kind}": place for place, name in enumerate(_IN_LAYER + _AFTER) for kind in ("weight", "bias")}
+
+
+def _build_order(name: str) -> tuple[int, int, int]:
+    match = _LAYER.fullmatch(name)
+    if match is not None:
+        return 1, int(match[1]), _PLACES.get(match[2], len(_PLACES))
+    return {"model.embed_tokens.weight": (0, 0, 0), "model.norm.weight": (2, 0, 0), "lm_head.weight": (2, 1, 0)}.get(name, (3, 0, 0))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -21,6 +21,7 @@ class Weights(Protocol):
     """Named weights, read when asked for. `get` may be called once or often; tensors are maps of the file where they can be."""
 
     config: ModelConfig
+    num_bytes: int  # of all weights in their files; 0 where there is no file
 
     def has(self, name: str) -> bool:
         """Is there such a weight?"""
@@ -31,11 +32,14 @@ class Weights(Protocol):
     def maps(self) -> Sequence[Tensor]:
         """Byte maps that `get` will read, in order; for reading ahead."""
 
+    def close(self) -> None:
+        """Stop reading. What `get` gave stays valid."""
+
 
 def open_weights(path: str, *, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Weights:
     """The weights of a folder with config.json and safetensors, a GGUF file, or `dummy:FOLDER` (random ones from its config.json).
 
-    device, dtype and seed are those of random weights only. Raises ModelError.
+    dtype and seed are those of random weights only. On a CUDA device safetensors arrive there; else weights lie in host memory. Raises ModelError.
     """
     from appliance.model.dummy import DummyWeights
     from appliance.model.gguf_file import GgufWeights
@@ -45,7 +49,7 @@ def open_weights(path: str, *, device: torch.device, dtype: torch.dtype, seed: i
         return DummyWeights(Path(path.removeprefix("dummy:")), device=device, dtype=dtype, seed=seed)
     file = Path(path)
     if file.is_dir():
-        return SafetensorsWeights(file)
+        return SafetensorsWeights(file, device if device.type == "cuda" else None)
     if not file.exists():
         raise ModelError(f"{file} does not exist; a model is a folder with config.json and *.safetensors, a GGUF file, or dummy:FOLDER")
     return GgufWeights(file)
