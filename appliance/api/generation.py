@@ -95,13 +95,21 @@ class Choices:
             self._sink.fail(error)
 
     def close(self) -> None:
-        """Abort what still runs. Idempotent."""
+        """Abort what still runs; what had come and was not taken yet is generated all the same, and counted. Idempotent."""
         self._closed = True
         running, self._running = self._running, []
         for choice in running:
             if not choice.done:
                 choice.done = True
+                self._note(choice, choice.generation.take())
                 choice.generation.abort()
+
+    def _note(self, choice: _Choice, delta: Delta) -> None:
+        """Times and counts of `delta`, for the ledger and the record."""
+        if delta.events:
+            self._exchange.note_events(choice.progress, delta.events)
+        if delta.token_times:
+            self._exchange.note_tokens(choice.progress, delta.token_times)
 
     def _advance(self) -> None:
         exchange = self._exchange
@@ -111,10 +119,7 @@ class Choices:
         ended = False
         for choice in self._running:
             delta = choice.generation.take()
-            if delta.events:
-                exchange.note_events(choice.progress, delta.events)
-            if delta.token_times:
-                exchange.note_tokens(choice.progress, delta.token_times)
+            self._note(choice, delta)
             if delta.error is not None or delta.finish_reason in ("abort", "deadline", "error"):
                 raise _error_of(delta)
             piece = choice.take(delta)

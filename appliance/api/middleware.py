@@ -83,8 +83,10 @@ async def serve(request: web.Request, handler: Handler) -> web.StreamResponse:
         exchange.error = _why_cut(request, error)
         return _hang_up(request)
     finally:
-        record = exchange.close(status)
-        services.drain.leave()
+        try:
+            record = exchange.close(status)
+        finally:
+            services.drain.leave()  # or a fault in the accounts would hold up the next drain
         trace.end(record, exchange.ledger.intervals)
         log_request(record, trace.context, exchange.texts)
 

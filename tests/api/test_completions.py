@@ -106,3 +106,18 @@ async def test_each_choices_first_token_is_reported_as_it_comes(server: Any) -> 
         generation.put([67], finish="length")
     await asking
     assert [call[0] for call in server.observer.calls].count("other_first_token") == 2
+
+
+async def test_tokens_that_nobody_took_are_generated_all_the_same(server: Any) -> None:
+    """A whole reply takes its tokens at its end; where its client leaves before, the record has those that had come."""
+    server.engine.script = None
+    asking = asyncio.create_task(server.post(COMPLETIONS, {"prompt": "a", "max_tokens": 50}))
+    generation = await server.generation()
+    generation.put([65])
+    await server.until(lambda: any(call[0] == "first_token" for call in server.observer.calls))
+    generation.listen(lambda: None, every_token=False)  # as for tokens that wake nobody
+    generation.put([66, 67, 68])
+    asking.cancel()
+    record = await server.record()
+    assert (record.status, record.num_generated_tokens, record.num_written_tokens) == (499, 4, 0)
+    assert generation.aborted
