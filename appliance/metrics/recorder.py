@@ -228,8 +228,8 @@ class Recorder:
         """A reading was taken: its joules go to serving or idle, and what the engine does from now on has a new price."""
         engine = self._engine
         busy, self._busy_read = self._cells.busy_seconds.value - self._busy_read, self._cells.busy_seconds.value
-        if engine is None or not reading.gpus or getattr(engine.ready, "device", "") == "cpu":
-            return
+        if engine is None or engine.ready is None or not reading.gpus or getattr(engine.ready, "device", "") == "cpu":
+            return  # not the engine's device, or not known yet to be
         interval = self._energy.add(reading.at, reading.gpus[0], busy, working=engine.num_in_flight > 0)
         if interval is not None:
             self._cells.energy["serving"].value += interval.serving_joules

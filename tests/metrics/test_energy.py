@@ -161,3 +161,14 @@ def test_another_devices_energy_is_not_ours(recorder: Recorder, engine: Any, clo
         clock.advance(1.0)
     assert recorder.instruments.total("appliance_energy_joules_total") == 0
     assert engine.serving_watts is None
+
+
+def test_before_the_device_is_known_nothing_is_charged(recorder: Recorder, engine: Any, clock: ManualClock, tmp_path: Any) -> None:
+    """An engine that has not become ready may be one on the CPU: what the GPU draws meanwhile sets no price."""
+    engine.ready = None
+    reader = HardwareReader(clock=clock, state_dir=tmp_path, nvml=Nvml(_Nvml(), None))
+    for _ in range(3):
+        recorder.on_hardware(reader.read())
+        clock.advance(1.0)
+    assert recorder.instruments.total("appliance_energy_joules_total") == 0
+    assert engine.serving_watts is None
