@@ -132,7 +132,7 @@ def make_samples(now: float, seconds: float, period: float = 10.0) -> Iterator[S
     """A day's wave of traffic on one GPU, sampled every `period`, up to `now`."""
     for index in range(int(seconds / period)):
         at = now - period * index
-        load = 0.55 + 0.4 * math.sin(at / 900) + 0.05 * math.sin(at / 47)
+        load = _load(at)
         tokens = max(0, int(9000 * load * period))
         overloaded = load > 0.93
         fields = {
@@ -174,7 +174,7 @@ def make_samples(now: float, seconds: float, period: float = 10.0) -> Iterator[S
             "gpu_temperature_celsius": 48 + 20 * load,
             "gpu_joules": (180 + 420 * load) * period,
         }
-        yield Sample(**(_zeros(Sample) | fields))  # type: ignore[arg-type]
+        yield Sample(**({field.name: 0 for field in msgspec.structs.fields(Sample) if field.required} | fields))  # type: ignore[arg-type]
 
 
 def make_record(now: float, index: int, **changes: Any) -> RequestRecord:
@@ -282,23 +282,55 @@ async def seed(database: Database, now: float, *, seconds: float = 3600.0, num_r
         await outbox.record(make_decision(now, sequence), [], outcome=outcome)
 
 
-def _zeros(kind: type[msgspec.Struct]) -> dict[str, Any]:
-    """A zero for every field that has no default."""
-    return {field.name: 0 for field in msgspec.structs.fields(kind) if field.required}
-
-
-def work(recorder: Recorder, seconds_ago: float = 0.0) -> None:
-    """Let the recorder see one busy step and a few finished requests."""
-    recorder.on_engine_event(EngineEvent("ready", recorder.clock.wall() - seconds_ago, "", 71))
-    busy = {"num_sequences": 96, "num_running": 96, "num_waiting": 3, "oldest_waiting_age_seconds": 0.12, "num_blocks": 1000, "num_used_blocks": 640}
-    recorder.on_step(
-        StepStats(**(_zeros(StepStats) | busy | {"num_used_tokens": 9800, "num_cached_blocks": 150, "graph_hit": True, "launch_seconds": 0.009}))
-    )  # type: ignore[arg-type]
+def work(recorder: Recorder) -> None:
+    """Let the recorder see one busy step, 1,960 tokens and 40 finished requests, all good."""
+    _step(recorder, num_running=96, num_waiting=3)
     recorder.on_gaps([(0.0105, 96)] * 20)
     for index in range(40):
         recorder.on_admitted(300, 128)
         recorder.on_first_token(0.11 + 0.002 * index)
         recorder.on_request(make_record(recorder.clock.wall(), 0, duration_seconds=1.7))
+
+
+async def keep_busy(recorder: Recorder) -> None:
+    """Traffic that goes on where the seeded samples end, until it is cancelled."""
+    period = 0.1
+    requests = 0.0
+    while True:
+        load = _load(recorder.clock.wall())
+        _step(recorder, num_running=int(128 * load), num_waiting=0)
+        tokens = int(9000 * load * period)
+        recorder.on_gaps([(0.007 + 0.006 * load, tokens)])
+        recorder.on_admitted(int(tokens * 2.6), tokens)
+        requests += tokens / 180
+        while requests >= 1.0:
+            requests -= 1.0
+            recorder.on_first_token(0.06 + 0.09 * load + 0.2 * load**4 * (recorder.clock.monotonic() * 7919 % 1.0) ** 6)
+            recorder.on_request(make_record(recorder.clock.wall(), 0, num_generated_tokens=0, tpot_seconds=0.007 + 0.006 * load))
+        await asyncio.sleep(period)
+
+
+def _step(recorder: Recorder, *, num_running: int, num_waiting: int) -> None:
+    used = 200 + int(600 * num_running / 128)
+    values = {
+        "num_sequences": num_running,
+        "num_running": num_running,
+        "num_waiting": num_waiting,
+        "oldest_waiting_age_seconds": 0.12 if num_waiting else 0.0,
+        "num_blocks": 1000,
+        "num_used_blocks": used,
+        "num_used_tokens": int(used * 16 * 0.96),
+        "num_cached_blocks": 150,
+        "graph_hit": True,
+        "launch_seconds": 0.009,
+    }
+    zeros = {field.name: 0 for field in msgspec.structs.fields(StepStats) if field.required}
+    recorder.on_step(StepStats(**(zeros | values)))  # type: ignore[arg-type]
+
+
+def _load(at_wall: float) -> float:
+    """Share of the GPU that is busy: a slow wave with a small one on it."""
+    return 0.55 + 0.4 * math.sin(at_wall / 900) + 0.05 * math.sin(at_wall / 47)
 
 
 @dataclass

@@ -80,7 +80,7 @@ async def test_every_chart_is_drawn_and_goes_on_live(server: ConsoleServer, brow
     await page.until(f"document.querySelector('#chart-queue .readout').textContent !== {before!r} || /running 96/.test({before!r})")
     tiles = await page.js("[...document.querySelectorAll('.tile')].map((tile) => tile.innerText.replaceAll('\\n', ' '))")
     assert len(tiles) == 8
-    assert any("100 %" in tile for tile in tiles), tiles
+    assert any("100\u00a0%" in tile for tile in tiles), tiles
     assert await page.js("[...document.querySelectorAll('.tile')].some((tile) => tile.dataset.mood === 'good')")
     assert "H100" in await page.js("document.getElementById('facts').innerText")
     await page.js("document.querySelector('#chart-tps .u-over').scrollIntoView({ block: 'center' })")
@@ -242,7 +242,7 @@ async def test_a_start_is_followed_to_its_end(tmp_path: Path, browser: Browser) 
         await page.open(server.url)
         await page.until("document.querySelector('#startup progress')?.value === 0.42")
         text = await page.js("document.getElementById('startup').innerText")
-        assert "42 %" in text
+        assert "42\u00a0%" in text
         assert "model-00002" in text
         engine.heartbeat = Heartbeat("compile", 0.0, 900.0)
         await page.until("document.querySelector('#startup .here')?.innerText.startsWith('Compile')")

@@ -16,25 +16,30 @@ function trim(value, digits) {
   return String(Number(value.toPrecision(digits)));
 }
 
+const GAP = "\u00a0"; // keeps a number and its unit on one line
+
 export function seconds(value) {
   if (value === null || value === undefined || !Number.isFinite(value)) return NONE;
-  if (value === 0) return "0 s";
-  if (value < 0.001) return `${trim(value * 1e6, 3)} µs`;
-  if (value < 1) return `${trim(value * 1e3, 3)} ms`;
-  if (value < 120) return `${trim(value, 3)} s`;
-  return duration(value);
+  if (value === 0) return `0${GAP}s`;
+  if (value < 0.001) return `${trim(value * 1e6, 3)}${GAP}µs`;
+  if (value < 1) return `${trim(value * 1e3, 3)}${GAP}ms`;
+  return value < 120 ? `${trim(value, 3)}${GAP}s` : duration(value);
 }
 
 export function duration(value) {
   if (value === null || value === undefined) return NONE;
   const whole = Math.floor(value);
   const [days, hours, minutes, rest] = [Math.floor(whole / 86400), Math.floor((whole % 86400) / 3600), Math.floor((whole % 3600) / 60), whole % 60];
-  if (days) return `${days} d ${hours} h`;
-  if (hours) return `${hours} h ${minutes} min`;
-  return minutes ? `${minutes} min ${rest} s` : `${rest} s`;
+  if (days) return `${days}${GAP}d ${hours}${GAP}h`;
+  if (hours) return `${hours}${GAP}h ${minutes}${GAP}min`;
+  return minutes ? `${minutes}${GAP}min ${rest}${GAP}s` : `${rest}${GAP}s`;
 }
 
-export const percent = (value) => (value === null || value === undefined ? NONE : `${trim(value * 100, 3)} %`);
+export function percent(value) {
+  if (value === null || value === undefined) return NONE;
+  const share = value * 100;
+  return `${share === 0 || share >= 10 ? trim(share, 3) : share.toFixed(share < 1 ? 2 : 1)}${GAP}%`;
+}
 
 export function bytes(value) {
   if (value === null || value === undefined) return NONE;
@@ -45,7 +50,7 @@ export function bytes(value) {
     size /= 1024;
     unit += 1;
   }
-  return `${trim(size, 3)} ${units[unit]}`;
+  return `${trim(size, 3)}${GAP}${units[unit]}`;
 }
 
 const CYCLE = { hourCycle: "h23" };

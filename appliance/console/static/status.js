@@ -29,9 +29,9 @@ function showTiles(frame, about) {
   const values = [
     ["Within the SLO", percent(fast.goodput), verdict(frame, about), fast.goodput === null ? "" : fast.goodput >= about.slo_target ? "good" : "bad"],
     ["Output tokens/s", number(fast.output_tokens_per_second), span, ""],
-    ["First token, p95", seconds(fast.ttft_p95_seconds), `promised ${seconds(about.ttft_slo_seconds)}`, judge(fast.ttft_p95_seconds, about.ttft_slo_seconds)],
-    ["Per token, p95", seconds(fast.tpot_p95_seconds), `promised ${seconds(about.tpot_slo_seconds)}`, judge(fast.tpot_p95_seconds, about.tpot_slo_seconds)],
-    ["Running / waiting", `${frame.num_running} / ${frame.num_waiting}`, frame.num_waiting ? `oldest waits ${seconds(frame.oldest_waiting_age_seconds)}` : "nobody waits", ""],
+    ["First token, p95", seconds(fast.ttft_p95_seconds), ...judge(fast.ttft_p95_seconds, about.ttft_slo_seconds)],
+    ["Per token, p95", seconds(fast.tpot_p95_seconds), ...judge(fast.tpot_p95_seconds, about.tpot_slo_seconds)],
+    ["Running/waiting", `${frame.num_running} / ${frame.num_waiting}`, frame.num_waiting ? `oldest waits ${seconds(frame.oldest_waiting_age_seconds)}` : "nobody waits", ""],
     ["KV cache", percent(kv), kv === null || kv === undefined ? "no step yet" : `waste ${percent(sample.kv_waste)}`, kv > 0.95 ? "bad" : ""],
     watts !== null && watts !== undefined
       ? ["Power", `${number(watts)} W`, perToken === null ? "idle" : `${number(perToken)} J per token`, ""]
@@ -51,7 +51,11 @@ function showTiles(frame, about) {
   });
 }
 
-const judge = (value, limit) => (value === null ? "" : value <= limit ? "good" : "bad");
+/** Whether a latency keeps its promise, in words and as the tile's mood. */
+function judge(value, limit) {
+  if (value === null || value <= limit) return [`promised ${seconds(limit)}`, value === null ? "" : "good"];
+  return [`over the ${seconds(limit)} promised`, "bad"];
+}
 
 /** Why users wait, in a few words. */
 function verdict({ fast, engine, num_waiting: waiting, scaling }, about) {
