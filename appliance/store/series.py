@@ -68,8 +68,9 @@ async def _choose(session: AsyncSession, since_wall: float, until_wall: float, m
 
 
 async def _has_rollup(session: AsyncSession, resolution_seconds: int, since_wall: float, until_wall: float) -> bool:
+    """Whether one starts in [since, until]."""
     c = _ROLLUP.c
-    query = select(c.start_wall).where(c.resolution_seconds == resolution_seconds, c.start_wall >= since_wall, c.start_wall < until_wall)
+    query = select(c.start_wall).where(c.resolution_seconds == resolution_seconds, c.start_wall >= since_wall, c.start_wall <= until_wall)
     return (await session.execute(query.limit(1))).first() is not None
 
 
