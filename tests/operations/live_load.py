@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import random
 import time
+from collections.abc import Collection
 from typing import Any
 
 import aiohttp
 
 KEYS = {"web": "sk-web-0123456789", "batch": "sk-batch-0123456789"}
 SHARED = "The quick brown fox jumps over the lazy dog. " * 3  # some blocks of prefix
+KINDS = {"stream": 8.0, "whole": 3.0, "leave": 2.0, "bad": 1.0, "long": 2.0, "burst": 0.5}  # with their weights
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
@@ -19,7 +21,14 @@ class Load:
     """Clients that ask until they are told to stop. `counts` says what they sent, by kind, and how the answers were, by status."""
 
     def __init__(
-        self, url: str, num_clients: int, *, largest_output: int = 60, pause_seconds: float = 0.05, paths: tuple[str, ...] = (CHAT, COMPLETIONS)
+        self,
+        url: str,
+        num_clients: int,
+        *,
+        largest_output: int = 60,
+        pause_seconds: float = 0.05,
+        paths: tuple[str, ...] = (CHAT, COMPLETIONS),
+        kinds: Collection[str] = KINDS,
     ) -> None:
         self.counts: dict[str, int] = {}
         self._url = url
@@ -27,6 +36,7 @@ class Load:
         self._largest = largest_output
         self._pause = pause_seconds
         self._paths = paths
+        self._kinds = list(kinds)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Load:
@@ -60,7 +70,7 @@ class Load:
 
     async def _ask(self, generator: random.Random) -> None:
         path = generator.choice(self._paths)
-        kind = generator.choices(("stream", "whole", "leave", "bad", "long", "burst"), (8, 3, 2, 1, 2, 0.5))[0]
+        kind = generator.choices(self._kinds, [KINDS[kind] for kind in self._kinds])[0]
         text = f"{SHARED}{generator.randrange(8)}" if generator.random() < 0.6 else f"{generator.randrange(1 << 30)}: {'x' * generator.randrange(60)}"
         if kind == "long":
             text = "".join(generator.choice("abcdefgh ") for _ in range(300))
