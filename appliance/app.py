@@ -27,6 +27,7 @@ from appliance.api.services import Drain, Services
 from appliance.api.status import why_not_alive
 from appliance.clock import Clock, SystemClock
 from appliance.console.assembly import Keys, make_console
+from appliance.engine.child import Spawned
 from appliance.engine.supervisor import SupervisedEngine
 from appliance.engine.wire import Start
 from appliance.errors import EngineFailed
@@ -84,9 +85,10 @@ class EngineReports:
 class Appliance:
     """The running program. `start` inside an AsyncExitStack's life; all parts live on one event loop."""
 
-    def __init__(self, settings: Settings, clock: Clock) -> None:
+    def __init__(self, settings: Settings, clock: Clock, spawned: Spawned | None = None) -> None:
         self.settings = settings
         self.clock = clock
+        self._spawned = spawned
         self.drain = Drain()
         self.notifier = Notifier()
         self.url = ""
@@ -146,7 +148,11 @@ class Appliance:
         writer = self._writer(database, folder)
         start = engine_start(settings, model_path, folder, slo.tpot_seconds)
         self.engine = SupervisedEngine(
-            start, clock=self.clock, observer=EngineReports(self.recorder, writer), max_restarts=settings.engine.max_restarts
+            start,
+            clock=self.clock,
+            observer=EngineReports(self.recorder, writer),
+            max_restarts=settings.engine.max_restarts,
+            spawned=self._spawned,
         )
         hardware = HardwareReader(
             clock=self.clock,
@@ -324,9 +330,9 @@ async def _listen(stack: AsyncExitStack, app: web.Application, settings: Setting
 
 
 @asynccontextmanager
-async def running(settings: Settings, clock: Clock | None = None) -> AsyncIterator[Appliance]:
-    """An appliance for the length of the block, stopped at its end whatever happens."""
-    appliance = Appliance(settings, clock or SystemClock())
+async def running(settings: Settings, clock: Clock | None = None, spawned: Spawned | None = None) -> AsyncIterator[Appliance]:
+    """An appliance for the length of the block, stopped at its end whatever happens. `spawned`: an engine process that was started ahead."""
+    appliance = Appliance(settings, clock or SystemClock(), spawned)
     await appliance.start()
     try:
         yield appliance
@@ -334,14 +340,14 @@ async def running(settings: Settings, clock: Clock | None = None) -> AsyncIterat
         await appliance.stop()
 
 
-async def serve(settings: Settings) -> int:
+async def serve(settings: Settings, spawned: Spawned | None = None) -> int:
     """Serve until SIGINT or SIGTERM; drain; the exit status. A second signal aborts what is still open."""
     configure_logs(settings.log)
     stop, abort = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, lambda: abort.set() if stop.is_set() else stop.set())
-    async with running(settings) as appliance:
+    async with running(settings, spawned=spawned) as appliance:
         _print_urls(appliance)
         readiness = asyncio.create_task(_announce(appliance))
         stopped = asyncio.create_task(stop.wait())

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 _SOCKET_BYTES = 1 << 20  # a step of 256 tokens is 3 KB: a server that is busy for a second holds no engine up
 _READ_BYTES = 1 << 16
@@ -38,39 +39,61 @@ def write_stderr(data: bytes) -> None:
         os.write(2, data)
 
 
+@dataclass(frozen=True, slots=True)
+class Spawned:
+    """A process that runs, not yet watched by an event loop: `Child` takes it over. `socket` and `stderr` are the server's ends."""
+
+    process: subprocess.Popen[bytes]
+    socket: socket.socket
+    stderr: int
+
+    def discard(self) -> None:
+        """End a process that no Child took over. Without effect on one that has ended."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+
+def spawn(command: Sequence[str]) -> Spawned:
+    """Start `command --fd N` in a session of its own, so that a terminal's Ctrl-C does not reach it. Raises OSError if it cannot run.
+
+    Its stdout goes the way of its stderr: a library's print must not mix with what the server prints.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    ours_stderr, stderr = os.pipe()
+    try:
+        for end in (ours, theirs):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
+        process = subprocess.Popen(  # noqa: S603 - the command is ours
+            [*command, "--fd", str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
+            stdout=stderr,
+            stderr=stderr,
+            pass_fds=(theirs.fileno(),),
+            start_new_session=True,
+        )
+    except BaseException:
+        ours.close()
+        os.close(ours_stderr)
+        raise
+    finally:
+        theirs.close()
+        os.close(stderr)
+    return Spawned(process, ours, ours_stderr)
+
+
 class Child:
-    """A spawned engine process. `socket` is the server's end; `exited` resolves to the return code (negative: signal) once it is reaped."""
+    """An engine process under watch. `socket` is the server's end; `exited` resolves to the return code (negative: signal) once it is reaped."""
 
-    def __init__(self, command: Sequence[str], pass_on: Callable[[bytes], None] = write_stderr) -> None:
-        """Spawn `command --fd N` in a session of its own, so that a terminal's Ctrl-C does not reach it. Raises OSError if it cannot run.
-
-        Its stdout goes the way of its stderr: a library's print must not mix with what the server prints.
-        """
+    def __init__(self, source: Sequence[str] | Spawned, pass_on: Callable[[bytes], None] = write_stderr) -> None:
+        """Take over a spawned process, or `spawn` this command. Raises OSError if it cannot run."""
+        spawned = source if isinstance(source, Spawned) else spawn(source)
         self._loop = asyncio.get_running_loop()
         self._pass_on = pass_on
         self._lines: collections.deque[str] = collections.deque(maxlen=50)
         self._partial = b""
         self.exited: asyncio.Future[int] = self._loop.create_future()
-        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._stderr, stderr = os.pipe()
-        try:
-            for end in (self.socket, theirs):
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
-            self._process = subprocess.Popen(  # noqa: S603 - the command is ours
-                [*command, "--fd", str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=stderr,
-                stderr=stderr,
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,
-            )
-        except BaseException:
-            self.socket.close()
-            os.close(self._stderr)
-            raise
-        finally:
-            theirs.close()
-            os.close(stderr)
+        self._process, self.socket, self._stderr = spawned.process, spawned.socket, spawned.stderr
         self.pid = self._process.pid
         try:
             self._pidfd = os.pidfd_open(self.pid)

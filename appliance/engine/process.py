@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import os
 import select
 import signal
@@ -124,11 +125,10 @@ def _handle(channel: Channel, engine: Engine, message: object) -> None:
 
 def run(channel: Channel) -> int:
     """Serve one server until it is gone. Returns the exit status."""
+    threading.Thread(target=_preload, name="preload").start()
     start, rest = _first_message(channel)
     os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(start.cache_dir, "triton"))
     os.environ.setdefault("APPLIANCE_CACHE_DIR", start.cache_dir)
-    # An OpenMP worker spins between steps, by default for milliseconds of a core that the server needs; this is some 10 us, enough within a step.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     phase = Phase(channel, start)
     from appliance.engine.loading import build_engine  # imports torch, after the first heartbeat
 
@@ -140,10 +140,18 @@ def run(channel: Channel) -> int:
         channel.send(Failure(_in_words(error), permanent=_is_permanent(error)))
         return 1
     channel.send(ready)
+    gc.freeze()  # hundreds of thousands of objects of torch, which no later collection needs to walk through
+    gc.enable()
     for message in rest:
         _handle(channel, engine, message)
     serve(channel, engine, phase)
     return 0
+
+
+def _preload() -> None:
+    """Import what every start needs while the server still reads its settings: most of a second. What fails here fails again where it is told."""
+    with contextlib.suppress(Exception):
+        import appliance.engine.loading  # noqa: F401
 
 
 def _first_message(channel: Channel) -> tuple[Start, list[object]]:
@@ -169,6 +177,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="appliance.engine.process", description=__doc__)
     parser.add_argument("--fd", type=int, required=True, help="file descriptor of the inherited socket")
     options = parser.parse_args(argv)
+    gc.disable()  # until it serves: imports make many objects and hardly any garbage
+    # An OpenMP worker spins between steps, by default for milliseconds of a core that the server needs; this is some 10 us, enough within a step.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # read when the library is loaded
     die_with_parent()  # a process stuck in a driver call would not see its socket end
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

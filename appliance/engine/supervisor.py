@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from appliance.clock import Clock
-from appliance.engine.child import ENGINE_COMMAND, Child, write_stderr
+from appliance.engine.child import ENGINE_COMMAND, Child, Spawned, write_stderr
 from appliance.engine.client import EngineObserver, Generation, SequenceRequest
 from appliance.engine.connection import EngineConnection
 from appliance.engine.replay import SequenceTable
@@ -68,7 +68,9 @@ class SupervisedEngine:
         max_restarts: int = 5,
         limits: SupervisorLimits | None = None,
         pass_on_stderr: Callable[[bytes], None] = write_stderr,
+        spawned: Spawned | None = None,
     ) -> None:
+        """`spawned`: a process of `command` that was started ahead; it becomes the first."""
         self.state = "starting"
         self.ready: Ready | None = None
         self.heartbeat: Heartbeat | None = None
@@ -80,6 +82,7 @@ class SupervisedEngine:
         self._max_restarts = max_restarts
         self._limits = limits or SupervisorLimits()
         self._pass_on_stderr = pass_on_stderr
+        self._spawned = spawned
         self._table = SequenceTable(start.max_waiting)
         self._connection: EngineConnection | None = None
         self._supervision: asyncio.Task[None] | None = None
@@ -183,8 +186,9 @@ class SupervisedEngine:
 
     async def _live(self) -> _End:
         """Spawn one process, serve until it ends, clear it away. Returns how it ended, with `detail` filled in."""
+        source, self._spawned = self._spawned or self._command, None
         try:
-            child = Child(self._command, self._pass_on_stderr)
+            child = Child(source, self._pass_on_stderr)
         except OSError as error:
             missing = isinstance(error, FileNotFoundError | PermissionError)
             end = _End("crashed", f"cannot start {self._command[0]}: {error}", permanent=missing)
