@@ -40,6 +40,12 @@ def test_every_alert_has_a_runbook() -> None:
     assert named == {f"docs/runbooks/{path.name}" for path in (ROOT / "docs" / "runbooks").glob("*.md")}
 
 
+def test_the_guide_lists_every_alert() -> None:
+    """docs/operations.md has each with its severity, in the order of the file, and no other."""
+    table = re.findall(r"^\| `(Appliance\w+)` \| (\w+) \| .+ \|$", (ROOT / "docs/operations.md").read_text(), re.MULTILINE)
+    assert table == [(rule["alert"], rule["labels"]["severity"]) for rule in ALERTS]
+
+
 def test_no_burn_alert_is_out_of_reach() -> None:
     """At any target the threshold lies under 100 % of errors: the factors are capped."""
     burns = [rule for rule in ALERTS if rule["alert"].startswith("ApplianceSloBurn")]

@@ -43,7 +43,11 @@ def test_data_sources_are_those_that_the_boards_ask_for() -> None:
     assert len({source["uid"] for source in sources}) == len(sources)
     assert [source["isDefault"] for source in sources if "isDefault" in source] == [True]
     assert set(re.findall(r"\$\{(\w+)\}", text)) <= _environment("grafana").keys()
-    (sql,) = (source for source in sources if source["type"] != "prometheus")
+    prometheus, sql = sorted(sources, key=lambda source: source["type"] != "prometheus")
+    (exemplar,) = prometheus["jsonData"]["exemplarTraceIdDestinations"]
+    assert exemplar["name"] == "request_id", "the label of our exemplars"
+    assert "#requests/$${__value.raw}" in exemplar["url"], "the console's address of one request; $$ is a dollar that Grafana leaves alone"
+    assert "requests.find(" in (ROOT / "appliance/console/static/main.js").read_text()
     assert (sql["user"], sql["jsonData"]["database"]) == ("grafana", _environment("postgres")["POSTGRES_DB"])
     role = (FOLDER / "postgres/grafana-role.sh").read_text()
     assert "CREATE ROLE grafana LOGIN" in role

@@ -1,4 +1,4 @@
-"""Stands in for pynvml in a server whose PYTHONPATH names this folder: one GPU whose counters move, and faults on demand.
+"""Stands in for pynvml in a server whose PYTHONPATH names this folder: one GPU whose counters move, the engine's own, and faults on demand.
 
 $FAKE_NVML_FAULTS names a file: each line `xid` is one XID error, a line `throttle` holds the clock down by heat while it is there.
 """
@@ -37,7 +37,15 @@ def _faults() -> list[str]:
 
 
 def nvmlInit() -> None:  # noqa: N802
-    """The driver is there."""
+    """The driver is there; and the server, which alone calls this, takes its engine on the CPU for one on this GPU, or no energy would be its own."""
+    import msgspec
+
+    from appliance.engine.supervisor import SupervisedEngine
+
+    def keep(self: SupervisedEngine, ready: object) -> None:
+        self.__dict__["ready"] = ready and msgspec.structs.replace(ready, device="Fake H100")  # type: ignore[type-var]
+
+    SupervisedEngine.ready = property(lambda self: self.__dict__["ready"], keep)  # type: ignore[assignment]
 
 
 def nvmlShutdown() -> None:  # noqa: N802
