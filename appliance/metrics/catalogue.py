@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from appliance.metrics import buckets
+from appliance.metrics.exposition import Kind
 from appliance.metrics.goodput import Slo
 
-Kind = Literal["counter", "gauge", "histogram"]
 Objective = Literal["ttft", "tpot"]
 
 

@@ -1,4 +1,4 @@
-"""Plain cells that count, and the collector that turns them into Prometheus families when scraped.
+"""Plain cells that count, and what turns them into Prometheus families when scraped.
 
 prometheus_client's own instruments take a lock and a dict lookup at each observation; the step loop's observer runs hundreds of times a second with
 dozens of observations each, so here an observation is an addition to a Python number and everything else happens at the scrape. All on one
@@ -9,18 +9,11 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from prometheus_client import Metric as Family
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
-from prometheus_client.registry import Collector
-from prometheus_client.samples import Exemplar
-
-from appliance.metrics.catalogue import Kind, Metric
+from appliance.metrics.catalogue import Metric
+from appliance.metrics.exposition import Exemplar, FamilyText
 from appliance.metrics.goodput import Slo
-
-AnyFamily = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
-Bucket = tuple[str, float] | tuple[str, float, Exemplar]
 
 
 class Cell:
@@ -53,7 +46,7 @@ class Histogram:
         index = bisect_left(self.edges, value)
         self.counts[index] += 1
         self.sum += value
-        self.exemplars[index] = Exemplar({"request_id": request_id}, value, wall)
+        self.exemplars[index] = Exemplar(request_id, value, wall)
 
     def observe_bits(self, pairs: Iterable[tuple[int, int]], unit: float, total: float) -> None:
         """Observations counted by bit length, (bits, count), of values in `unit`s; `total` is their sum. Edges are powers of two of the unit."""
@@ -67,27 +60,8 @@ class Histogram:
             self.counts[bisect_left(self.edges, edge)] += count
         self.sum += other.sum
 
-    def buckets(self) -> list[Bucket]:
-        """The cumulative buckets in Prometheus' form, +Inf last."""
-        return cumulative(self.edges, self.counts, self.exemplars)
 
-
-def cumulative(edges: Sequence[float], counts: Sequence[int], exemplars: Mapping[int, Exemplar] | None = None) -> list[Bucket]:
-    """Counts by bucket as Prometheus wants them: each with all below it, +Inf last."""
-    result: list[Bucket] = []
-    total = 0
-    for index, (label, count) in enumerate(zip([*map(_edge, edges), "+Inf"], counts, strict=True)):
-        total += count
-        exemplar = None if exemplars is None else exemplars.get(index)
-        result.append((label, float(total)) if exemplar is None else (label, float(total), exemplar))
-    return result
-
-
-def _edge(value: float) -> str:
-    return repr(float(value))
-
-
-class Instruments(Collector):
+class Instruments:
     """The cells and histograms of every metric in a catalogue. Unlabelled ones exist from the start; labelled ones from their first use."""
 
     def __init__(self, catalogue: Iterable[Metric], slo: Slo, more_edges: Mapping[str, Iterable[float]] | None = None) -> None:
@@ -101,7 +75,8 @@ class Instruments(Collector):
         self._cells: dict[str, dict[tuple[str, ...], Cell]] = {
             name: {} if metric.labels else {(): Cell()} for name, metric in self._metrics.items() if metric.kind != "histogram"
         }
-        self.before_collect: list[Callable[[], None]] = []  # each sets the gauges that are only known now
+        self._texts = {name: _text(metric) for name, metric in self._metrics.items()}
+        self.before_render: list[Callable[[], None]] = []  # each sets the gauges that are only known now
 
     def histogram(self, name: str, *labels: str) -> Histogram:
         """The histogram `name` with these label values, made at first use. KeyError where the catalogue has none."""
@@ -139,36 +114,28 @@ class Instruments(Collector):
         """Drop the labelled cells of `name`: what it described is gone (or not known now)."""
         self._cells[name].clear()
 
-    def describe(self) -> Iterator[Family]:
-        for metric in self._metrics.values():
-            yield _family(metric)
-
-    def collect(self) -> Iterator[Family]:
-        for hook in self.before_collect:
+    def render(self, out: list[str], *, openmetrics: bool) -> None:
+        """Append every family's lines, after the hooks have set what is only known now. Exemplars are OpenMetrics' alone."""
+        for hook in self.before_render:
             hook()
-        for name, metric in self._metrics.items():
-            family = _family(metric)
-            if isinstance(family, HistogramMetricFamily):
-                for labels, histogram in self._histograms[name].items():
-                    family.add_metric(list(labels), histogram.buckets(), histogram.sum)
+        for name, text in self._texts.items():
+            out.append(text.head(openmetrics=openmetrics))
+            if (histograms := self._histograms.get(name)) is not None:
+                for labels, histogram in histograms.items():
+                    exemplars = histogram.exemplars if openmetrics else None
+                    text.histogram(out, labels, histogram.edges, histogram.counts, histogram.sum, exemplars)
             else:
-                for labels, cell in self._cells[name].items():
-                    family.add_metric(list(labels), cell.value)
-            yield family
+                cells = self._cells[name]
+                text.forget(cells)
+                for labels, cell in cells.items():
+                    text.value(out, labels, cell.value)
 
     def _check(self, name: str, labels: tuple[str, ...]) -> None:
         if len(labels) != len(self._metrics[name].labels):
             raise ValueError(f"{name} has labels {self._metrics[name].labels}, got {labels}")
 
 
-def make_family(kind: Kind, name: str, text: str, labels: tuple[str, ...], unit: str = "") -> AnyFamily:
-    """An empty family of prometheus_client's."""
-    if kind == "histogram":
-        return HistogramMetricFamily(name, text, labels=labels, unit=unit)
-    return (CounterMetricFamily if kind == "counter" else GaugeMetricFamily)(name, text, labels=labels, unit=unit)
-
-
-def _family(metric: Metric) -> AnyFamily:
+def _text(metric: Metric) -> FamilyText:
     # OpenMetrics wants the unit to end the name, before _total
     unit = metric.unit if metric.name.removesuffix("_total").endswith("_" + metric.unit) else ""
-    return make_family(metric.kind, metric.name, metric.help, metric.labels, unit)
+    return FamilyText(metric.kind, metric.name, metric.help, metric.labels, unit)

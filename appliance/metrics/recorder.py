@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from appliance.clock import Clock
@@ -12,8 +11,9 @@ from appliance.events import BlockEnds, EngineEvent, RequestRecord, RequestUse, 
 from appliance.metrics.catalogue import CATALOGUE, Metric
 from appliance.metrics.cells import Cells
 from appliance.metrics.compat import NAMESPACES, more_edges
-from appliance.metrics.compat_collector import CompatCollector
+from appliance.metrics.compat_export import CompatExport
 from appliance.metrics.energy import EnergyAccount
+from appliance.metrics.exposition import END
 from appliance.metrics.forecast import QueueForecast
 from appliance.metrics.goodput import CHAT, GENERATION_ENDPOINTS, Slo, expired_in_queue, judge
 from appliance.metrics.hardware import HardwareReading
@@ -37,7 +37,7 @@ from appliance.settings import MetricsSettings
 
 
 class Recorder:
-    """Implements EngineObserver and the API's observer; keeps its families in a registry of its own.
+    """Implements EngineObserver and the API's observer; keeps its families to itself.
 
     Call `tick` about once a second, or the age of the engine's newest report is only as exact as the scrapes are frequent.
     Nothing here raises on what a user sent: unknown label values become "other".
@@ -50,7 +50,6 @@ class Recorder:
         slo: Slo,
         settings: MetricsSettings | None = None,
         block_size: int = 16,
-        registry: CollectorRegistry | None = None,
         catalogue: Iterable[Metric] = CATALOGUE,
         version: str = "",
         model: str = "",
@@ -59,7 +58,6 @@ class Recorder:
     ) -> None:
         self.slo = slo
         self.clock = clock
-        self.registry = registry or CollectorRegistry(auto_describe=False)
         self._settings = settings or MetricsSettings()
         namespaces = [NAMESPACES[name] for name in dict.fromkeys(self._settings.compat)]
         self.instruments = Instruments(catalogue, slo, more_edges(namespaces))
@@ -82,10 +80,8 @@ class Recorder:
         self._busy_read = 0.0  # of the busy time, what the energy account has seen
         self._costs = costs_of(None)
         self._set_constants(version, model, instance_id, fleet)
-        self.instruments.before_collect.append(self._refresh)
-        self.registry.register(self.instruments)
-        for namespace in namespaces:
-            self.registry.register(CompatCollector(namespace, self.instruments, model))
+        self.instruments.before_render.append(self._refresh)
+        self._exports = [CompatExport(namespace, self.instruments, model) for namespace in namespaces]
 
     # What the composition root hands over
 
@@ -260,8 +256,15 @@ class Recorder:
 
     def exposition(self, accept: str = "") -> tuple[bytes, str]:
         """The families as the scraper's Accept header asks for (text or OpenMetrics), and their content type."""
-        encode, content_type = choose_encoder(accept)
-        return encode(self.registry), content_type
+        _, content_type = choose_encoder(accept)
+        openmetrics = content_type.startswith("application/openmetrics-text")
+        out: list[str] = []
+        self.instruments.render(out, openmetrics=openmetrics)
+        for export in self._exports:
+            export.render(out, openmetrics=openmetrics)
+        if openmetrics:
+            out.append(END)
+        return "".join(out).encode(), content_type
 
     def tick(self) -> None:
         """Once a second: a heartbeat object that was not there before is a report."""

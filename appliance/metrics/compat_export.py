@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from prometheus_client import Metric as Family
-from prometheus_client.core import HistogramMetricFamily
-from prometheus_client.registry import Collector
-
 from appliance.metrics.compat import CompatMetric, Namespace, Term
-from appliance.metrics.instruments import AnyFamily, Histogram, Instruments, cumulative, make_family
+from appliance.metrics.exposition import FamilyText
+from appliance.metrics.instruments import Histogram, Instruments
 
 
-class CompatCollector(Collector):
-    """The families of one namespace. Register it after the instruments, whose hooks set the gauges that it copies."""
+class CompatExport:
+    """The families of one namespace. Render it after the instruments, whose hooks set the gauges that it copies."""
 
     def __init__(self, namespace: Namespace, instruments: Instruments, model: str) -> None:
-        self._namespace = namespace
         self._instruments = instruments
-        self._labels = {name: value.replace("{model}", model) for name, value in namespace.labels.items()}
+        labels = {name: value.replace("{model}", model) for name, value in namespace.labels.items()}
+        self._values_of_all = tuple(labels.values())
+        self._families = [
+            (metric, FamilyText(metric.kind, metric.name, metric.help, (*labels, *metric.terms[0].label_names))) for metric in namespace.metrics
+        ]
 
-    def describe(self) -> Iterator[Family]:
-        for metric in self._namespace.metrics:
-            yield self._family(metric)
-
-    def collect(self) -> Iterator[Family]:
-        for metric in self._namespace.metrics:
-            family = self._family(metric)
-            if isinstance(family, HistogramMetricFamily):
+    def render(self, out: list[str], *, openmetrics: bool) -> None:
+        """Append every family's lines."""
+        for metric, text in self._families:
+            out.append(text.head(openmetrics=openmetrics))
+            if metric.kind == "histogram":
                 for labels, merged in self._histograms(metric).items():
-                    family.add_metric([*self._labels.values(), *labels], cumulative(metric.edges, merged.counts), merged.sum)
+                    text.histogram(out, (*self._values_of_all, *labels), merged.edges, merged.counts, merged.sum)
             else:
-                for labels, value in self._values(metric).items():
-                    family.add_metric([*self._labels.values(), *labels], value)
-            yield family
-
-    def _family(self, metric: CompatMetric) -> AnyFamily:
-        return make_family(metric.kind, metric.name, metric.help, (*self._labels, *metric.terms[0].label_names))
+                values = self._values(metric)
+                for labels, value in values.items():
+                    text.value(out, (*self._values_of_all, *labels), value)
 
     def _values(self, metric: CompatMetric) -> dict[tuple[str, ...], float]:
         """Of a counter or gauge, by the values of its own labels."""
