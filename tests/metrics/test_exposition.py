@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import subprocess
 import time
 
 import pytest
@@ -75,3 +77,12 @@ def test_a_scrape_holds_the_event_loop_for_a_moment(clock: ManualClock, slo: Slo
         return time.process_time() - started
 
     assert min(scrape() for _ in range(20)) < 5e-3
+
+
+def test_promtool_finds_nothing_to_say(recorder: Recorder) -> None:
+    """Prometheus' own linter accepts every family: names, units, suffixes and help texts."""
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed (Debian package prometheus)")
+    done = subprocess.run([promtool, "check", "metrics"], input=recorder.exposition()[0], capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
