@@ -6,7 +6,7 @@ import ipaddress
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -26,6 +26,7 @@ from appliance.store.results import RequestFilter
 _log = logging.getLogger(__name__)
 _encode = msgspec.json.Encoder().encode
 _MAX_PAGE = 200
+_MAX_POINTS = 1500  # a day by the minute
 _MAX_HISTORY_SECONDS = 400 * 86400.0
 _STREAM_FRAMES = 900  # then the browser connects again, and its session is looked at again
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -110,12 +111,18 @@ class Console:
         return response
 
     async def _history(self, request: web.Request) -> web.Response:
-        """Samples of this instance over the last `seconds`, at the resolution that suits."""
+        """Samples of this instance over the last `seconds`, at the resolution that suits; only `columns` (comma-separated) where they are given."""
         seconds = _number(request, "seconds", 900.0, 1.0, _MAX_HISTORY_SECONDS)
-        until = self._clock.wall()
+        wanted = frozenset(filter(None, request.query.get("columns", "").split(",")))
+        since, until = self._clock.wall() - seconds, self._clock.wall() + 1.0
         async with self._session() as session:
-            history = await queries.sample_history(session, since_wall=until - seconds, until_wall=until + 1.0, instance_id=self._about.instance_id)
-        return _json(history)
+            history = await queries.sample_history(
+                session, since_wall=since, until_wall=until, max_points=_MAX_POINTS, instance_id=self._about.instance_id
+            )
+        if not wanted:
+            return _json(history)
+        series = [replace(one, columns={name: column for name, column in one.columns.items() if name in wanted}) for one in history.series]
+        return _json(replace(history, series=tuple(series)))
 
     async def _requests(self, request: web.Request) -> web.Response:
         """A page of the ledger; `cursor` of the page before goes on."""

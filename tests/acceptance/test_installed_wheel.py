@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -58,6 +59,10 @@ def test_the_wheel_serves_from_an_empty_folder(environment: Path, embedded_model
         with urllib.request.urlopen(request, timeout=60) as response:
             reply = json.load(response)
         assert "Paris" in reply["choices"][0]["message"]["content"]
+        status, page = server.get("/")  # the console's files are in the wheel too
+        assert status == 200
+        for path in re.findall(r'(?:src|href)="(/console/static/[^"]+)"', page):
+            assert server.status(path) == 200, path
         (row,) = server.wait_rows("select * from requests")
         assert row["num_generated_tokens"] == reply["usage"]["completion_tokens"]
     finally:

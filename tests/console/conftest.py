@@ -1,4 +1,4 @@
-"""Makes the harness importable; a seeded database, and a browser where one is installed."""
+"""Makes the harness importable, and that of the end-to-end tests; a seeded database, and a browser where one is installed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 
 from console_browser import Browser, connected, find_chromium, running_chromium
 from console_server import ConsoleServer, console_server, seed, work

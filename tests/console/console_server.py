@@ -368,10 +368,11 @@ async def console_server(
     database: Database | None = None,
     clock: Clock | None = None,
     engine: FakeEngine | None = None,
+    instance_id: str = INSTANCE,
 ) -> AsyncIterator[ConsoleServer]:
     """The API with its console for the length of the block."""
     clock = clock or SystemClock()
-    settings = Settings.model_validate({"state_dir": str(folder), "instance_id": INSTANCE, "fleet": "blue"})
+    settings = Settings.model_validate({"state_dir": str(folder), "instance_id": instance_id, "fleet": "blue"})
     slo = Slo(0.5, 0.03, 0.99, "default of cuda for ttft and tpot")
     recorder = Recorder(clock=clock, slo=slo, version="1.2.3", model="Qwen3-0.6B", instance_id=INSTANCE, fleet="blue")
     engine = engine or FakeEngine()

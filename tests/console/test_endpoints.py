@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from sqlalchemy import text
 from appliance.console import live
 from appliance.engine.wire import Heartbeat
 from appliance.errors import Unavailable
+from appliance.events import Sample
 from appliance.metrics.sampler import Sampler
 from appliance.store.database import Database
 
@@ -155,6 +157,18 @@ async def test_history_of_a_long_range_is_thinned(database: Database, server: Co
     history = await _get(server, "/console/api/history?seconds=2592000")
     assert history["resolution_seconds"] == 3600
     assert all(len(series["at_wall"]) <= 721 for series in history["series"])
+
+
+async def test_history_holds_the_columns_that_were_asked_for(server: ConsoleServer) -> None:
+    """The page asks for what it draws, and every column that it reads is one of a sample's."""
+    (series,) = (await _get(server, "/console/api/history?seconds=300&columns=goodput,num_running,nonsense"))["series"]
+    assert set(series["columns"]) == {"goodput", "num_running"}
+    source = (Path(live.__file__).parent / "static" / "series.js").read_text()
+    listed = source[source.index("export const COLUMNS") : source.index("export class Points")]
+    columns = set(re.findall(r'"(\w+)"', listed))
+    assert columns <= set(Sample.__struct_fields__)
+    read = set(re.findall(r'(?:rate|plain|percentOf)\("(\w+)"\)', source)) | set(re.findall(r"sample\.(\w+)", source))
+    assert read == columns
 
 
 async def test_the_ledger_is_paged_without_gaps_or_repeats(server: ConsoleServer) -> None:

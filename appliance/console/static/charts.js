@@ -97,10 +97,9 @@ export class Chart {
       stroke: colour(`series-${slot}`),
       fill: filled ? colour(`fill-${slot}`) : undefined,
       width: 1.75,
-      points: { show: false },
-      value: (_, value) => number(value),
+      points: { size: 4 }, // drawn where points are few
     }));
-    if (panel.limit) series.push({ label: limitName(panel), stroke: colour("limit"), width: 1.25, dash: [5, 4], points: { show: false }, value: (_, value) => number(value) });
+    if (panel.limit) series.push({ label: limitName(panel), stroke: colour("limit"), width: 1.25, dash: [5, 4], points: { show: false } });
     return {
       width: this.box.clientWidth,
       height: HEIGHT,

@@ -5,7 +5,7 @@ import { Chart, loadLibrary } from "./charts.js";
 import { $, h, setText } from "./dom.js";
 import { date } from "./format.js";
 import { LIVE_SECONDS, panels, RANGES } from "./panels.js";
-import { Points } from "./series.js";
+import { COLUMNS, Points } from "./series.js";
 
 export class Overview {
   constructor(about, onProblem) {
@@ -50,7 +50,7 @@ export class Overview {
     this.loadedAt = Date.now() / 1000;
     const asked = this.range;
     try {
-      const history = await get(`/console/api/history?seconds=${asked}`);
+      const history = await get(`/console/api/history?seconds=${asked}&columns=${COLUMNS.join(",")}`);
       if (asked !== this.range) return;
       this.points.load(history.series[0]);
       setText($("resolution"), asked <= LIVE_SECONDS ? "live, once a second" : `one point each ${history.resolution_seconds} s`);

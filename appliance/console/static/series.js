@@ -27,11 +27,18 @@ export const SERIES = {
   gpu: percentOf("gpu_utilisation"),
   cpu: percentOf("cpu_utilisation"),
   power: plain("gpu_power_watts"),
-  temperature: plain("gpu_temperature_celsius"),
   joulesPerToken: (sample) => (isNumber(sample.gpu_joules) && sample.num_generated_tokens > 0 ? sample.gpu_joules / sample.num_generated_tokens : null),
   gpuMemory: (sample) => (isNumber(sample.gpu_memory_used_bytes) ? sample.gpu_memory_used_bytes / 2 ** 30 : null),
   hostMemory: (sample) => (isNumber(sample.memory_used_bytes) ? sample.memory_used_bytes / 2 ** 30 : null),
 };
+
+/** The columns of a sample that SERIES reads: no others are asked for. */
+export const COLUMNS = [
+  ...["period_seconds", "num_generated_tokens", "num_prompt_tokens", "num_cached_tokens", "num_requests", "num_errors", "num_rejected"],
+  ...["ttft_p50_seconds", "ttft_p95_seconds", "tpot_p50_seconds", "tpot_p95_seconds", "goodput"],
+  ...["num_running", "num_waiting", "oldest_waiting_age_seconds", "kv_utilisation", "kv_cached_share", "kv_waste"],
+  ...["gpu_utilisation", "cpu_utilisation", "gpu_power_watts", "gpu_joules", "gpu_memory_used_bytes", "memory_used_bytes"],
+];
 
 export class Points {
   constructor() {
