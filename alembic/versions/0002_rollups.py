@@ -63,6 +63,9 @@ def upgrade() -> None:
     op.create_index(op.f("ix_requests_duration_seconds_received_wall"), "requests", ["duration_seconds", "received_wall"])
     failed = sa.text("status >= 400")
     op.create_index("ix_requests_failed_received_wall", "requests", ["received_wall"], sqlite_where=failed, postgresql_where=failed)
+    op.create_index("ix_requests_failed_key_id_received_wall", "requests", ["key_id", "received_wall"], sqlite_where=failed, postgresql_where=failed)
+    op.create_index(op.f("ix_requests_received_wall_duration_seconds"), "requests", ["received_wall", "duration_seconds"])
+    op.drop_index(op.f("ix_requests_received_wall"), "requests")
 
     for table, key in (("usage_rollup", ("key_id", "model")), ("usage_totals", ())):
         op.create_table(
@@ -122,6 +125,9 @@ def downgrade() -> None:
     op.drop_table("samples_rollup")
     op.drop_table("usage_totals")
     op.drop_table("usage_rollup")
+    op.create_index(op.f("ix_requests_received_wall"), "requests", ["received_wall"])
+    op.drop_index(op.f("ix_requests_received_wall_duration_seconds"), "requests")
+    op.drop_index("ix_requests_failed_key_id_received_wall", "requests")
     op.drop_index("ix_requests_failed_received_wall", "requests")
     op.drop_index("ix_requests_duration_seconds_received_wall", "requests")
     op.drop_column("requests", "tpot_good")

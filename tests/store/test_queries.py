@@ -157,6 +157,7 @@ async def test_requests_are_filtered(
     await writer.flush()
     assert await _pages(database, RequestFilter(**where), 100) == [expected]
     monkeypatch.setattr(queries, "_SCAN_ROWS", 3)
+    monkeypatch.setattr(queries, "_SCAN_ROWS_OF_KEY", 2)
     pages = await _pages(database, RequestFilter(**where), 2)
     assert [second for page in pages for second in page] == expected
 
@@ -174,8 +175,12 @@ async def test_a_request_is_found_by_either_id(database: Database, writer: Store
         assert await queries.request_by_id(session, "nobody's") == ()
 
 
-async def test_slowest_requests(database: Database, writer: StoreWriter, make_record: Record) -> None:
-    """The longest durations of the range, longest first; its end is not part of it."""
+@pytest.mark.parametrize("narrow_rows", [3, 1000])
+async def test_slowest_requests(
+    database: Database, writer: StoreWriter, make_record: Record, monkeypatch: pytest.MonkeyPatch, narrow_rows: int
+) -> None:
+    """The longest durations of the range, longest first, whichever way they are searched; its end is not part of it."""
+    monkeypatch.setattr(queries, "_NARROW_ROWS", narrow_rows)
     for index in range(6):
         writer.put_request(make_record(index, duration_seconds=float(10 - index)))
     await writer.flush()
