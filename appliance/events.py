@@ -69,7 +69,9 @@ class StepCosts(msgspec.Struct, frozen=True):
         num_tokens = stats.num_decode_tokens + stats.num_prefill_tokens
         if not num_tokens:
             return 0.0
-        read = stats.num_context_tokens + sum(start for _, start, _, _ in stats.chunks)
+        read = stats.num_context_tokens
+        for _, start, _, _ in stats.chunks:
+            read += start
         return self.weight_bytes + (read + num_tokens) * self.kv_bytes_per_token
 
 
@@ -113,7 +115,7 @@ class StepStats(msgspec.Struct, frozen=True, array_like=True):
     @property
     def num_prefill_pairs(self) -> int:
         """Pairs of a query and a position it attends to, over the step's chunks."""
-        return sum(length * start + length * (length + 1) // 2 for _, start, length, _ in self.chunks)
+        return sum([length * start + length * (length + 1) // 2 for _, start, length, _ in self.chunks]) if self.chunks else 0
 
 
 class EngineEvent(msgspec.Struct, frozen=True):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from prometheus_client.exposition import choose_encoder
 
 from appliance.clock import Clock
-from appliance.events import BlockEnds, EngineEvent, RequestRecord, RequestUse, Snapshot, StepStats, StoreStats
+from appliance.events import EngineEvent, RequestRecord, RequestUse, Snapshot, StepStats, StoreStats
 from appliance.metrics.catalogue import CATALOGUE, Metric
 from appliance.metrics.cells import Cells
 from appliance.metrics.compat import NAMESPACES, more_edges
@@ -18,20 +18,19 @@ from appliance.metrics.forecast import QueueForecast
 from appliance.metrics.goodput import CHAT, GENERATION_ENDPOINTS, Slo, expired_in_queue, judge
 from appliance.metrics.hardware import HardwareReading
 from appliance.metrics.instruments import Instruments
-from appliance.metrics.keys import KeyCounters
 from appliance.metrics.labels import (
     DIRECTIONS,
     ENDPOINTS,
     ENGINE_GONE,
     EVENT_KINDS,
-    FINISH_REASONS,
     OUTCOMES,
     REJECTIONS,
     SHED,
     bounded,
-    status_label,
 )
 from appliance.metrics.live import EngineView, costs_of, set_engine, set_hardware, set_kv, set_store, set_work
+from appliance.metrics.requests import RequestMeter
+from appliance.metrics.steps import StepMeter
 from appliance.metrics.window import History
 from appliance.settings import MetricsSettings
 
@@ -74,11 +73,11 @@ class Recorder:
         self._waiting_since: float | None = None  # receipt of the oldest waiting sequence, as far as known
         self._policy_run_at: float | None = None
         self._cells = Cells(self.instruments)
-        self._keys = KeyCounters(self.instruments)
         self._forecast = QueueForecast()
         self._energy = EnergyAccount()
         self._busy_read = 0.0  # of the busy time, what the energy account has seen
-        self._costs = costs_of(None)
+        self._steps = StepMeter(self._cells, self._history, self._forecast)
+        self._requests = RequestMeter(self.instruments, self._cells, self._forecast, clock)
         self._set_constants(version, model, instance_id, fleet)
         self.instruments.before_render.append(self._refresh)
         self._exports = [CompatExport(namespace, self.instruments, model) for namespace in namespaces]
@@ -88,7 +87,7 @@ class Recorder:
     def bind_engine(self, engine: EngineView) -> None:
         """Read state, pid, heartbeat and facts from `engine` when scraped."""
         self._engine = engine
-        self._costs = costs_of(engine)
+        self._steps.costs = costs_of(engine)
 
     def bind_store(self, stats: Callable[[], StoreStats], queue_limit_rows: int = 0) -> None:
         """Read the SQL writer's counters when scraped."""
@@ -102,32 +101,12 @@ class Recorder:
     # EngineObserver
 
     def on_step(self, stats: StepStats) -> None:
-        """A step was done. The hot path: additions only (tests/metrics/test_recorder_cost.py holds its price)."""
+        """A step was done. The hot path: additions only (a test holds its price)."""
         now = self.clock.monotonic()
         self.stats = stats
         self._reported_at = now
         self._waiting_since = now - stats.oldest_waiting_age_seconds if stats.num_waiting else None
-        schedule, launch, wait, output = stats.schedule_seconds, stats.launch_seconds, stats.wait_seconds, stats.output_seconds
-        cells = self._cells
-        phases = cells.phases
-        phases[0].value += schedule
-        phases[1].value += launch
-        phases[2].value += wait
-        phases[3].value += output
-        cells.step_seconds.observe(schedule + launch + wait + output)
-        cells.batch_sequences.observe(stats.num_sequences)
-        cells.batch_decode.observe(stats.num_decode_tokens)
-        cells.batch_prefill.observe(stats.num_prefill_tokens)
-        cells.steps.value += 1
-        cells.graph_hits.value += stats.graph_hit
-        cells.prefix_queries.value += stats.prefix_query_tokens
-        cells.prefix_hits.value += stats.prefix_hit_tokens
-        cells.preemptions.value += stats.num_preemptions
-        cells.aborts.value += stats.num_aborted
-        cells.surplus.value += stats.num_surplus_tokens
-        self._on_work(stats, now)
-        utilisation = stats.num_used_blocks / stats.num_blocks if stats.num_blocks else 0.0
-        self._history.on_step(now, stats.num_running, stats.num_waiting, stats.oldest_waiting_age_seconds, utilisation)
+        self._steps.on_step(stats, now)
 
     def on_gaps(self, gaps: Sequence[tuple[float, int]]) -> None:
         """Inter-token latencies of one step, grouped: (seconds, how many sequences)."""
@@ -145,7 +124,7 @@ class Recorder:
         if event.kind == "started":
             self._cells.restarts.value += self._num_starts > 0
             self._num_starts += 1
-        self._costs = costs_of(self._engine)
+        self._steps.costs = costs_of(self._engine)
         if event.kind == "ready":  # idle until its first step, which may be hours away: it sends heartbeats only, and zeros are data
             self._history.on_step(self.clock.monotonic(), 0, 0, 0.0, 0.0)
         if event.kind in ENGINE_GONE:
@@ -194,25 +173,8 @@ class Recorder:
 
     def on_request(self, record: RequestRecord, use: RequestUse | None = None) -> None:
         """A request finished, whatever its end. Call it once for each, refused ones included."""
-        reason = bounded(record.finish_reason, FINISH_REASONS) if record.finish_reason else "none"
-        self.instruments.cell("appliance_requests_total", bounded(record.endpoint, ENDPOINTS), status_label(record.status), reason).value += 1
-        self._cells.prompt_tokens.value += record.num_prompt_tokens
-        self._cells.cached_tokens.value += record.num_cached_tokens
-        self._cells.generated_tokens.value += record.num_generated_tokens
-        self._cells.written_tokens.value += record.num_written_tokens
-        for state, seconds in record.states.items():
-            self._cells.states[state].value += seconds
         judgement = judge(record, self.slo)
-        if record.endpoint in GENERATION_ENDPOINTS:
-            self._observe_generation(record, use)
-            self._keys.on_request(record, judgement, use)
-        for objective, good in (("ttft", judgement.ttft), ("tpot", judgement.tpot), ("both", judgement.both)):
-            if good is not None:
-                judged, kept, judged_tokens, kept_tokens = self._cells.objectives[objective]
-                judged.value += 1
-                kept.value += good
-                judged_tokens.value += record.num_generated_tokens
-                kept_tokens.value += good * record.num_generated_tokens
+        self._requests.on_request(record, judgement, use)
         now = self.clock.monotonic()
         if expired_in_queue(record):
             self._history.on_shed(now)
@@ -336,69 +298,6 @@ class Recorder:
         block_size = getattr(self._engine.ready, "block_size", self._block_size) if self._engine is not None else self._block_size
         return int(block_size)
 
-    def _on_work(self, stats: StepStats, now: float) -> None:
-        """What the step computed, moved and did to the pool."""
-        cells = self._cells
-        num_decode, num_prefill = stats.num_decode_tokens, stats.num_prefill_tokens
-        cells.engine_decode.value += num_decode
-        cells.kv_allocated.value += stats.num_allocated_blocks
-        cells.kv_reused.value += stats.num_reused_blocks
-        cells.kv_evicted.value += stats.num_evicted_blocks
-        if stats.block_ends is not None:
-            self._on_block_ends(stats.block_ends)
-        if num_prefill:
-            cells.engine_prefill.value += num_prefill
-            for _, _, length, _ in stats.chunks:
-                cells.chunk_tokens.observe(length)
-        if num_prefill or stats.prefix_query_tokens:
-            self._forecast.on_step(stats)
-        if num_decode or num_prefill:
-            cells.step_tokens.observe(num_decode + num_prefill)
-            cells.busy_seconds.value += stats.busy_seconds
-            flops, moved = self._costs.flops(stats), self._costs.moved_bytes(stats)
-            cells.model_flops.value += flops
-            cells.model_bytes.value += moved
-            self._history.on_work(now, stats.busy_seconds, flops, moved)
-
-    def _on_block_ends(self, ends: BlockEnds) -> None:
-        cells = self._cells
-        cells.kv_lifetime.observe_bits(ends.lifetimes, 0.001, ends.lifetime_seconds)
-        cells.kv_idle.observe_bits(ends.idles, 0.001, ends.idle_seconds)
-        cells.kv_reuses.observe_bits(ends.reuses, 1.0, ends.num_reuses)
-
-    def _observe_generation(self, record: RequestRecord, use: RequestUse | None) -> None:
-        wall = self.clock.wall()
-        states = record.states
-        if record.status < 400:
-            self._cells.duration[record.endpoint].observe_with(record.duration_seconds, record.id, wall)
-        if record.num_prompt_tokens:
-            self._cells.request_prompt.observe(record.num_prompt_tokens)
-        if record.num_generated_tokens:
-            self._cells.request_generated.observe(record.num_generated_tokens)
-            self._cells.queue_seconds.observe_with(states.get("queued", 0.0), record.id, wall)
-            self._cells.prefill_seconds.observe_with(states.get("prefill", 0.0) + states.get("prefill_wait", 0.0), record.id, wall)
-            self._observe_shape(record, use)
-            inference = states.get("prefill", 0.0) + states.get("prefill_wait", 0.0) + states.get("decode", 0.0)
-            self._cells.inference_seconds.observe_with(inference, record.id, wall)
-            if record.finish_reason in ("stop", "length", "tool_calls"):
-                self._forecast.on_request(record.num_prompt_tokens, record.num_generated_tokens)
-        if record.joules is not None:
-            self._cells.request_joules.observe_with(record.joules, record.id, wall)
-            if record.num_generated_tokens:
-                self._cells.joules_per_token.observe_with(record.joules / record.num_generated_tokens, record.id, wall)
-        if record.num_generated_tokens > 1:
-            self._cells.decode_seconds.observe_with(states.get("decode", 0.0), record.id, wall)
-        if record.tpot_seconds is not None:
-            self._cells.tpot[record.endpoint].observe_with(record.tpot_seconds, record.id, wall)
-
-    def _observe_shape(self, record: RequestRecord, use: RequestUse | None) -> None:
-        """What was asked for, and how it went."""
-        self._cells.request_choices.observe(record.num_choices)
-        self._cells.request_preemptions.observe(record.num_preemptions)
-        self._cells.request_longest.observe(record.num_generated_tokens if use is None else use.num_longest_tokens)
-        if record.max_tokens is not None:
-            self._cells.request_max.observe(record.max_tokens)
-
     def _set_constants(self, version: str, model: str, instance_id: str, fleet: str) -> None:
         cell = self.instruments.cell
         cell("appliance_slo_ttft_seconds").value = self.slo.ttft_seconds
@@ -420,9 +319,9 @@ class Recorder:
             cell("appliance_engine_report_age_seconds").value = now - self._reported_at
         if self._policy_run_at is not None:
             cell("appliance_scaling_run_age_seconds").value = now - self._policy_run_at
-        set_kv(self.instruments, self.stats, self.kv(), self._kv_block_size() * self._costs.kv_bytes_per_token)
+        set_kv(self.instruments, self.stats, self.kv(), self._kv_block_size() * self._steps.costs.kv_bytes_per_token)
         window = self._history.stats(self._settings.fast_window_seconds, now)
-        set_work(self.instruments, self._costs, window)
+        set_work(self.instruments, self._steps.costs, window)
         cell("appliance_predicted_ttft_seconds").value = self.predicted_ttft_seconds(now)
         cell("appliance_prefill_tokens_per_second").value = self._forecast.prefill_tokens_per_second or 0
         cell("appliance_energy_idle_watts").value = self._energy.idle_watts or 0

@@ -34,6 +34,9 @@ class SilentRecorder(Recorder):
     def on_first_token(self, seconds: float, endpoint: str = CHAT, request_id: str = "") -> None:
         """Nothing."""
 
+    def on_other_first_token(self) -> None:
+        """Nothing."""
+
     def on_request(self, record: RequestRecord, use: RequestUse | None = None) -> None:
         """Nothing."""
 

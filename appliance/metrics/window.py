@@ -56,13 +56,6 @@ class History:
         bucket.max_output_tokens += max_tokens
         bucket.expected_output_tokens += expected_tokens
 
-    def on_work(self, now: float, busy_seconds: float, flops: float, moved_bytes: float) -> None:
-        """A step was done that took so long and did so much."""
-        bucket = self._at(now)
-        bucket.busy_seconds += busy_seconds
-        bucket.flops += flops
-        bucket.moved_bytes += moved_bytes
-
     def on_rejected(self, now: float) -> None:
         """A request was refused at admission, whatever the reason."""
         self._at(now).num_rejected += 1
@@ -98,11 +91,22 @@ class History:
             bucket.num_tpot += 1
             bucket.num_good_tpot += good_tpot
 
-    def on_step(self, now: float, num_running: int, num_waiting: int, waiting_age: float, kv_utilisation: float) -> None:
-        """The engine's gauges from `now` on."""
+    def on_step(
+        self,
+        now: float,
+        num_running: int,
+        num_waiting: int,
+        waiting_age: float,
+        kv_utilisation: float,
+        work: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    ) -> None:
+        """The engine's gauges from `now` on; `work`: busy seconds, FLOPs and moved bytes of the step."""
         self._integrate(now)
         self._held_at, self._running, self._waiting, self._kv = now, num_running, num_waiting, kv_utilisation
         bucket = self._at(now)
+        bucket.busy_seconds += work[0]
+        bucket.flops += work[1]
+        bucket.moved_bytes += work[2]
         if waiting_age > bucket.max_waiting_age:
             bucket.max_waiting_age = waiting_age
         if kv_utilisation > bucket.max_kv:
@@ -168,6 +172,17 @@ class History:
         """Add the held gauges up to `now`, slice by slice."""
         at = self._held_at
         if at is None or now <= at:
+            return
+        buckets = self._buckets
+        if buckets and buckets[-1].index == int(now // self._width) == int(at // self._width):  # nearly always: steps take milliseconds
+            bucket, span = buckets[-1], now - at
+            bucket.held_seconds += span
+            bucket.running_seconds += self._running * span
+            bucket.waiting_seconds += self._waiting * span
+            bucket.kv_seconds += self._kv * span
+            if self._kv > bucket.max_kv:
+                bucket.max_kv = self._kv
+            self._held_at = now
             return
         at = max(at, now - self._longest)
         while at < now:
