@@ -48,6 +48,11 @@ def lowest(name: str, by: str = "", **labels: str) -> str:
     return f"min{f' by ({by})' if by else ''} ({series(name, **labels)})"
 
 
+def known(expr: str) -> str:
+    """`expr` without NaN: where there was nothing to divide by, such as no request or an idle key, there is no value instead of a broken one."""
+    return f"({expr} >= 0)"
+
+
 def quantile(share: float, name: str, by: str = "") -> str:
     """A quantile of a histogram over all chosen instances."""
     return f"histogram_quantile({share}, {rate(f'{name}_bucket', f'le, {by}' if by else 'le')})"
@@ -58,11 +63,6 @@ def quantiles(name: str) -> list[Query]:
     return [(quantile(share, name), f"p{share * 100:g}") for share in (0.5, 0.95, 0.99)]
 
 
-def known(expr: str) -> str:
-    """`expr` without NaN: a label value that had nothing to divide by, such as an idle key, has no curve instead of a broken one."""
-    return f"{expr} >= 0"
-
-
 def mean(name: str, by: str = "") -> str:
     """The mean of a histogram."""
     return f"{rate(f'{name}_sum', by)} / {rate(f'{name}_count', by)}"
@@ -71,19 +71,19 @@ def mean(name: str, by: str = "") -> str:
 def attainment(objective: str, window: str = "$__rate_interval") -> str:
     """Share of judged requests that were good."""
     good, judged = (increase(name, window=window, objective=objective) for name in ("slo_good_requests_total", "slo_requests_total"))
-    return f"{good} / {judged}"
+    return known(f"{good} / {judged}")
 
 
 def token_goodput(window: str = "$__rate_interval") -> str:
     """Share of the judged requests' tokens that went to good ones."""
     good, judged = (increase(name, window=window, objective="both") for name in ("slo_good_tokens_total", "slo_tokens_total"))
-    return f"{good} / {judged}"
+    return known(f"{good} / {judged}")
 
 
 def availability(window: str) -> str:
     """Share of requests that were not answered with 5xx; no series of 5xx means none."""
-    failed = increase("requests_total", window=window, status="~5..")
-    return f"1 - ({failed} or vector(0)) / {increase('requests_total', window=window)}"
+    failed, finished = increase("requests_total", window=window, status="~5.."), increase("requests_total", window=window)
+    return f"1 - {known(f'({failed} or vector(0)) / {finished}')}"
 
 
 def _sum(by: str) -> str:

@@ -19,10 +19,10 @@ class Live:
     expr: str
 
 
-def panel_queries(range_seconds: float, interval_seconds: float, *kinds: str) -> Iterator[Live]:
-    """The queries of panels (or of annotations), variables filled in."""
+def panel_queries(range_seconds: float, rate_seconds: float, *kinds: str) -> Iterator[Live]:
+    """The queries of panels (or of annotations), variables filled in; `rate_seconds` is $__rate_interval, four scrapes in Grafana."""
     for target in promql(*kinds):
-        filled = fill_promql(target.text, rate_interval=f"{math.ceil(4 * interval_seconds)}s", range_=f"{math.ceil(range_seconds)}s")
+        filled = fill_promql(target.text, rate_interval=f"{math.ceil(rate_seconds)}s", range_=f"{math.ceil(range_seconds)}s")
         yield Live(f"{target.board}: {target.title}", filled)
 
 
@@ -39,16 +39,21 @@ def rule_queries() -> Iterator[Live]:
                 yield Live(f"{rule['alert']}, as 0 or 1", as_bool(rule["expr"]))
 
 
-def faults(prometheus: PrometheusServer, queries: Iterable[Live], start: float, end: float, step: float) -> list[str]:
-    """Of these queries, those without data and those with a value that is not finite, from `start` to `end`."""
-    found = []
-    for query in queries:
-        result: list[dict[str, Any]] = prometheus.query_range(query.expr, start, end, step)
-        if not any(series["values"] for series in result):
-            found.append(f"no data: {query.origin}: {query.expr}")
-        for series in result:
-            bad = [at - start for at, value in series["values"] if not math.isfinite(float(value))]
-            if bad:
-                times = f"{len(bad)} of {len(series['values'])} times, first after {bad[0]:.0f} s"
-                found.append(f"not finite {times}: {query.origin}: {query.expr}: {series['metric']}")
-    return found
+def check(prometheus: PrometheusServer, queries: Iterable[Live], start: float, end: float, step: float, *, least_share: float = 0.9) -> None:
+    """Each query has a series with a value at `least_share` of the steps from `start` to `end`, and no value that is not finite."""
+    found = [
+        fault
+        for query in queries
+        for fault in _faults(query, prometheus.query_range(query.expr, start, end, step), (end - start) / step * least_share)
+    ]
+    assert not found, "\n".join(found)
+
+
+def _faults(query: Live, result: list[dict[str, Any]], least: float) -> Iterator[str]:
+    longest = max((len(series["values"]) for series in result), default=0)
+    if longest < max(1, math.floor(least)):
+        yield f"{longest} values, {math.floor(least)} wanted: {query.origin}: {query.expr}"
+    for series in result:
+        bad = [value for _, value in series["values"] if not math.isfinite(float(value))]
+        if bad:
+            yield f"{len(bad)} of {len(series['values'])} values are not finite: {query.origin}: {query.expr}: {series['metric']}"

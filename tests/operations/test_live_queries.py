@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,10 +10,11 @@ import pytest
 from appliance_server import EXACT, serving, write_dummy_model
 from board_queries import FOLDER
 from live_load import KEYS, Load
-from live_queries import faults, panel_queries, rule_queries
+from live_queries import check, panel_queries, rule_queries
 from prometheus_server import running_prometheus
 
-INTERVAL = 1.0
+INTERVAL = 0.5
+RATE_SECONDS = 6.0  # long enough for scrapes that come late on a busy machine
 
 
 @pytest.fixture
@@ -51,14 +53,14 @@ async def test_every_query_has_finite_data(chat_model: str, state_folder: Callab
         "metrics.sample_seconds": 1,
     }
     environment = {"PYTHONPATH": str(Path(__file__).parent / "fake_nvml")}
-    rules = (FOLDER / "alerts.yml").read_text().replace("interval: 30s", "interval: 1s")
+    rules = (FOLDER / "alerts.yml").read_text().replace("interval: 30s", "interval: 500ms")
     with serving(state_folder(), settings, environment) as server:
         target = server.url.removeprefix("http://")
         with running_prometheus(tmp_path / "prometheus", target, rules, interval_seconds=INTERVAL, credentials=KEYS["web"]) as prometheus:
             async with Load(server.url, 8) as load:
-                await load.for_seconds(4)
+                await asyncio.to_thread(prometheus.wait, lambda: prometheus.value("sum_over_time(up[1m])") >= 4, "four scrapes", 60)
                 start, end = await load.for_seconds(4)
-            assert faults(prometheus, [*panel_queries(end - start, INTERVAL, "panel"), *rule_queries()], start, end, 1.0) == []
+            check(prometheus, [*panel_queries(end - start, RATE_SECONDS, "panel"), *rule_queries()], start, end, 0.5, least_share=0.5)
             assert load.counts["200"] > 0
-            for query in panel_queries(end - start, INTERVAL, "annotation"):
+            for query in panel_queries(end - start, RATE_SECONDS, "annotation"):
                 prometheus.query_range(query.expr, start, end, 1.0)
