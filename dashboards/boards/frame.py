@@ -19,7 +19,7 @@ Row = tuple[str, Sequence[Any]]  # (title, panels)
 
 # What a decision was and why, as Grafana's annotations want it: time in seconds, a text, tags separated by commas
 DECISIONS_SQL = (
-    "SELECT at_wall AS time, direction || ': ' || current_replicas || ' to ' || desired_replicas || ' replicas, ' || reason AS text, "
+    "SELECT to_timestamp(at_wall) AS time, direction || ': ' || current_replicas || ' to ' || desired_replicas || ' replicas, ' || reason AS text, "
     "instance_id || ',' || direction AS tags FROM scale_decisions WHERE $__unixEpochFilter(at_wall) ORDER BY at_wall DESC LIMIT 500"
 )
 # Requests of servers without keys have the key "", which Grafana would not offer as a choice
