@@ -90,6 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_db(commands, settings)
     _add_bench(commands)
     _add_top(commands)
+    _add_report(commands, settings)
     commands.add_parser("version", help="print the versions of the appliance and what it stands on", description="Print versions, for bug reports.")
     return parser
 
@@ -118,12 +119,36 @@ def _add_models(commands: argparse._SubParsersAction[argparse.ArgumentParser], s
 
 
 def _add_db(commands: argparse._SubParsersAction[argparse.ArgumentParser], settings: argparse.ArgumentParser) -> None:
-    db = commands.add_parser("db", help="upgrade or check the database", description="The SQL database of the ledger, samples and decisions.")
+    db = commands.add_parser(
+        "db", help="upgrade, check, vacuum or export the database", description="The SQL database of the ledger, samples and decisions."
+    )
     actions = db.add_subparsers(dest="action", metavar="ACTION", required=True, help="what to do")
     actions.add_parser("upgrade", parents=[settings], help="bring the schema up to date", description="Run the migrations (`serve` does so itself).")
     actions.add_parser(
-        "check", parents=[settings], help="tell whether the schema is current", description="Exit status 0 if the schema is current, 1 if it is not."
+        "check",
+        parents=[settings],
+        help="tell whether the schema is current and the data sound",
+        description="Exit status 0 if the schema is current and the database sound, 1 if it is not. Reads the whole of a SQLite file.",
     )
+    actions.add_parser(
+        "vacuum",
+        parents=[settings],
+        help="give back the space of purged rows",
+        description="SQLite rewrites its file and needs as much free disk again; a server that writes meanwhile spools. PostgreSQL serves on.",
+    )
+    export = actions.add_parser(
+        "export",
+        parents=[settings],
+        help="write a table or named query as CSV or Parquet",
+        description="Tables: requests (the ledger), samples, samples_rollup, usage_rollup, usage_totals, scale_decisions, outbox, deliveries, "
+        "engine_events. Queries: usage_by_key (with cost), usage_by_hour, slo_by_hour, busiest_hours, slowest_requests.",
+    )
+    export.add_argument("source", metavar="NAME", help="table or named query")
+    export.add_argument("--format", choices=("csv", "parquet"), help="default: by the name of the file, else csv; parquet needs the extra `parquet`")
+    export.add_argument("--output", metavar="FILE", help="default: standard output")
+    export.add_argument("--since", metavar="TIME", help="24h or 7d ago, an ISO date or time (UTC), or Unix seconds; default: everything")
+    export.add_argument("--until", metavar="TIME", help="the same; default: now")
+    export.add_argument("--limit", metavar="ROWS", type=int, help="most rows to write")
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -146,6 +171,19 @@ def _add_top(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         description="A live view of an appliance from its /metrics: throughput, latency, queue, KV cache, hardware, goodput, energy, last requests.",
     )
     add_options(top)
+
+
+def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser], settings: argparse.ArgumentParser) -> None:
+    from appliance.report.options import add_options
+
+    report = commands.add_parser(
+        "report",
+        parents=[settings],
+        help="write what happened as one HTML file",
+        description="Traffic, SLO, latency, incidents, capacity left, energy, usage and cost by key, slowest requests, scale decisions in one HTML "
+        "file that works offline. Reads the database alone: no server needs to run.",
+    )
+    add_options(report)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "api": BASE | ENGINE_DOOR | {"text", "metrics", "logs", "tracing"},
     "console": BASE | {"store", "metrics"},
     "top": BASE,
-    "report": BASE | {"store"},
+    "report": BASE | {"metrics", "store"},
     "cli": BASE | {"commands", "bench", "top", "report"},
 }
 EVERYTHING = {"app", "commands"}

@@ -1,0 +1,1 @@
+"""`appliance report`: what happened, as one HTML file, from SQL alone."""
