@@ -61,13 +61,13 @@ def main() -> None:
             engine.step()
         torch.cuda.synchronize()
         print(f"batch {batch}, context {options.context}: {1e3 * (time.monotonic() - began) / _STEPS:.3f} ms a step", flush=True)
+        if options.host:
+            _print_host(engine)  # before the profiler, whose hooks slow every launch from then on
         with profile(activities=[ProfilerActivity.CUDA]) as trace:
             for _ in range(_STEPS):
                 engine.step()
             torch.cuda.synchronize()
         _print_kernels(trace)
-        if options.host:
-            _print_host(engine)
         _drain(engine)
 
 

@@ -61,13 +61,14 @@ def _argmax_kernel(
         low = tl.load(row_params + row * NUM_PARAMS + SEED_LOW)
         high = tl.load(row_params + row * NUM_PARAMS + SEED_HIGH)
     if temperature > 0:
+        scale = 1.0 / temperature
         for tile in range(TILES):
             start = part * (TILES * BLOCK) + tile * BLOCK
             words = philox_words(start // 4 + lane, index, low, high)
             for word in tl.static_range(4):
                 ids = start + word * NOISE_LANES + offset
                 x = tl.load(source + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
-                x = tl.div_rn(x, tl.zeros_like(x) + temperature) + gumbel_of(words[word])
+                x = x * scale + gumbel_of(words[word])
                 better = x > best
                 best = tl.where(better, x, best)
                 best_id = tl.where(better, ids, best_id)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 from appliance.kernels import ops, philox
 from appliance.kernels.launch import cdiv, next_power_of_2, num_multiprocessors
@@ -23,6 +24,7 @@ FREQUENCY_PENALTY = tl.constexpr(ops.FREQUENCY_PENALTY)
 NUM_PARAMS = tl.constexpr(ops.NUM_PARAMS)
 LOG2_E = tl.constexpr(1.4426950408889634)
 NOISE_LANES = tl.constexpr(philox.NOISE_LANES)
+_HAS_FAST_LOG = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -75,8 +77,16 @@ def gumbel_of(word):
     s = v / (2.0 - v)
     t = s * s
     series = 1.0 + t * (0.33333334 + t * (0.2 + t * (0.14285715 + t * (0.11111111 + t * (0.09090909 + t * (0.07692308 + t * 0.06666667))))))
-    negative_log = tl.where(upper, 2.0 * s * series, -tl.log(v))
-    return -tl.log(negative_log)
+    negative_log = tl.where(upper, 2.0 * s * series, -_log(v))
+    return -_log(negative_log)
+
+
+@triton.jit
+def _log(x):
+    """The chip's own logarithm where there is one: 2^-22 at most from log2 x, a tenth of the instructions of the exact function."""
+    if _HAS_FAST_LOG:
+        return libdevice.fast_logf(x)
+    return tl.log(x)
 
 
 @triton.jit
