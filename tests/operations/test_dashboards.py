@@ -94,6 +94,12 @@ def test_the_boards_are_those_that_are_promised() -> None:
             assert "reason" in annotations["Scale decisions with their reasons"]["target"]["rawSql"]
 
 
+def test_the_guide_lists_every_board() -> None:
+    """docs/grafana.md has each by its title and uid, and no other."""
+    table = re.findall(r"^\| ([a-z A-Z]+) \| `(appliance-\w+)` \|", (ROOT / "docs" / "grafana.md").read_text(), re.MULTILINE)
+    assert sorted(table) == sorted((board["title"].removeprefix("Appliance: "), uid) for uid, board in boards().items())
+
+
 def test_every_query_is_narrowed_and_follows_the_zoom() -> None:
     """All series are of the chosen instances, and rates use Grafana's own interval (or one that the panel's title or legend names)."""
     for target in promql("panel", "annotation"):
