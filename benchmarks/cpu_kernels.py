@@ -187,6 +187,9 @@ def main() -> None:
     ops = CpuOps(library, copy_bytes=0)
     watch = Stopwatch(time.process_time if options.cpu_time else time.perf_counter, options.seconds)
     calibrator = Calibrator(ops._library)
+    if not calibrator.is_known:
+        for _ in calibrator.measure():
+            pass
     for quantization in ("int4", "int8"):
         least = calibrator.min_dense_tokens(quantization)
         print(f"{quantization} weights: " + ("integers for every step" if least is None else f"a bfloat16 copy from {least} tokens on"))

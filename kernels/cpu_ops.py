@@ -12,7 +12,7 @@ from torch import Tensor
 
 from appliance.kernels import ops as k
 from appliance.kernels import reference
-from appliance.kernels.cpu.build import BuildError, load_library
+from appliance.kernels.cpu.build import BuildError, built_library, load_library
 from appliance.kernels.cpu.calibration import Calibrator
 from appliance.kernels.cpu.library import (
     DTYPES,
@@ -25,20 +25,28 @@ from appliance.kernels.cpu.library import (
     address,
     declare,
 )
-from appliance.kernels.cpu.linear import CopyBudget, DenseCopy, PackedLinear, can_pack, dense_weight, pack
+from appliance.kernels.cpu.linear import CopyBudget, CopyLimit, DenseCopy, PackedLinear, can_pack, dense_weight, pack
 from appliance.kernels.cpu.stack import DecoderStack, can_stack
 
 log = logging.getLogger(__name__)
 
-COPY_BYTES: Final = 512 << 20  # default bound of dense copies; the embedded model's would take 213 MB
 _MAX_HEAD: Final = 512
 _INT4_KINDS: Final = ("Q4_0", "Q4_1", "Q4_K")
 
 
-def try_cpu_ops(copy_bytes: int = COPY_BYTES) -> CpuOps | None:
-    """The C++ kernels, compiled if need be (some 10 s, once per CPU, compiler and version); None, with the reason logged, where that fails."""
+def built_cpu_ops(copy_bytes: CopyLimit = 0) -> CpuOps | None:
+    """The C++ kernels if they are compiled already. Raises BuildError where they cannot be."""
+    library = built_library()
+    return None if library is None else CpuOps(library, copy_bytes)
+
+
+def try_cpu_ops(copy_bytes: CopyLimit = 0, *, in_background: bool = False) -> CpuOps | None:
+    """The C++ kernels, compiled if need be (some 10 s, once per CPU, compiler and version); None, with the reason logged, where that fails.
+
+    copy_bytes bounds the dense copies of weights. in_background: compile at the lowest priority.
+    """
     try:
-        return CpuOps(load_library(), copy_bytes)
+        return CpuOps(load_library(in_background=in_background), copy_bytes)
     except BuildError as error:
         log.warning("plain torch instead of the C++ kernels (several times slower): %s", error)
         return None
@@ -52,10 +60,10 @@ class CpuOps(reference.ReferenceOps):
 
     name = "cpu"
 
-    def __init__(self, library: ctypes.CDLL, copy_bytes: int = COPY_BYTES) -> None:
+    def __init__(self, library: ctypes.CDLL, copy_bytes: CopyLimit = 0) -> None:
         self._library = declare(library)
         self._budget = CopyBudget(copy_bytes)
-        self._calibrator = Calibrator(self._library)
+        self.calibrator = Calibrator(self._library)
         self._floats: dict[int, tuple[Tensor, Tensor]] = {}
 
     def make_linear(
@@ -72,7 +80,7 @@ class CpuOps(reference.ReferenceOps):
 
     def _dense_copy(self, parts: Sequence[k.WeightSource], bias: Tensor | None, quantization: str) -> DenseCopy | None:
         four_bits = quantization == "int4" or all(isinstance(part, k.GgufTensor) and part.kind in _INT4_KINDS for part in parts)
-        min_tokens = self._calibrator.min_dense_tokens("int4" if four_bits else "int8")
+        min_tokens = self.calibrator.min_dense_tokens("int4" if four_bits else "int8")
         num_bytes = 2 * sum(int(part.shape[0]) * int(part.shape[1]) for part in parts)
         if min_tokens is None or not self._budget.take(num_bytes):
             return None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable
@@ -31,6 +33,9 @@ from appliance.model.decoder import Decoder, load_model
 
 CUDA_ITL_TARGET_SECONDS = 0.03
 CPU_ITL_TARGET_SECONDS = 0.15
+CPU_RESIDENT_BYTES = 1_123_000_000  # what llama.cpp takes for the embedded model with 16,384 tokens of KV: engine and server stay below it
+CPU_RESIDENT_KV_TOKENS = 16_384
+CPU_RUNTIME_BYTES = 360_000_000  # interpreter, torch and server: PSS of both processes without weights and KV
 
 
 class PhaseReporter(Protocol):
@@ -84,13 +89,17 @@ def build_engine(start: Start, phase: PhaseReporter, announce: Callable[[Events]
     if device.type == "cpu":
         torch.set_num_threads(start.num_threads or len(os.sched_getaffinity(0)))
     torch.set_grad_enabled(False)
-    ops = kernel_ops.select(device, start.kernels)
+    ops, is_interim = _choose_kernels(start, device)
     dtype, kv_dtype = choose_dtypes(start, device)
-    kv_dtype = choose_cache_dtype(start, ops.name, dtype, kv_dtype)
+    kv_dtype = choose_cache_dtype(start, "cpu" if is_interim else ops.name, dtype, kv_dtype)
     plan = plan_start(start, device) if device.type == "cuda" else None
-    decoder = load_model(
-        start.model_path, ops=ops, device=device, dtype=dtype, quantization=start.quantization, progress=phase.progress, seed=start.seed
-    )
+
+    def load(kernels: kernel_ops.Ops, progress: Callable[[float], None] | None = None) -> Decoder:
+        return load_model(
+            start.model_path, ops=kernels, device=device, dtype=dtype, quantization=start.quantization, progress=progress, seed=start.seed
+        )
+
+    decoder = _load_interim(start, ops, dtype, phase.progress) if is_interim else load(ops, phase.progress)
     phase.enter("compile", "first run of the kernels")
     kv_bytes_per_token = kv_block_bytes(decoder.config, kv_dtype, start.block_size) // start.block_size
     costs = step_costs(decoder, device, kv_bytes_per_token)  # before the cache takes the memory
@@ -107,6 +116,10 @@ def build_engine(start: Start, phase: PhaseReporter, announce: Callable[[Events]
         max_num_tokens=_graph_tokens(limits, device, start),
     )
     runner.warm_up()
+    if device.type == "cpu" and (is_interim or ops.name == "cpu"):
+        from appliance.engine.cpu_upgrade import Improver
+
+        runner.improver = Improver(load, decoder, ops, functools.partial(copy_limit, start))
     target = start.itl_target_seconds or (CUDA_ITL_TARGET_SECONDS if device.type == "cuda" else CPU_ITL_TARGET_SECONDS)
     policy = ChunkPolicy(target, limits.max_num_batched_tokens)
     engine = Engine(runner, limits, pool, policy, depth=1 if device.type == "cuda" else 0, announce=announce)
@@ -130,6 +143,34 @@ def build_engine(start: Start, phase: PhaseReporter, announce: Callable[[Events]
         costs=costs,
     )
     return engine, ready
+
+
+def _choose_kernels(start: Start, device: torch.device) -> tuple[kernel_ops.Ops, bool]:
+    """The kernels to start with, and whether they are plain torch only until the compiled ones are there."""
+    if device.type == "cpu" and start.kernels in ("auto", "cpu"):
+        from appliance.kernels.cpu.build import BuildError
+        from appliance.kernels.cpu_ops import built_cpu_ops
+
+        with contextlib.suppress(BuildError):  # said, with what would help, where plain torch is chosen for good
+            built = built_cpu_ops(functools.partial(copy_limit, start))
+            return (built, False) if built is not None else (kernel_ops.select(device, "reference"), True)
+    return kernel_ops.select(device, start.kernels), False
+
+
+def _load_interim(start: Start, ops: kernel_ops.Ops, dtype: torch.dtype, progress: Callable[[float], None]) -> Decoder:
+    """The model in plain torch, in the form that is loaded soonest: weights that wait for integer kernels widen to bfloat16 where that is fast."""
+    quantized = start.quantization in ("int8", "int4") or (start.quantization == "auto" and start.model_path.endswith(".gguf"))
+    dtype = torch.bfloat16 if quantized and start.dtype == "auto" and _has_fast_bf16() else dtype
+    return load_model(start.model_path, ops=ops, device=torch.device("cpu"), dtype=dtype, quantization="none", progress=progress, seed=start.seed)
+
+
+def copy_limit(start: Start) -> int:
+    """Bytes for dense copies of quantised weights on a CPU: what is left of CPU_RESIDENT_BYTES, or a quarter of the rest in larger models."""
+    facts = read_facts(start.model_path)
+    _, kv_dtype = choose_dtypes(start, torch.device("cpu"))
+    tokens = min(CPU_RESIDENT_KV_TOKENS, (start.num_blocks or CPU_RESIDENT_KV_TOKENS) * start.block_size)
+    rest = CPU_RUNTIME_BYTES + facts.file_bytes + tokens * kv_block_bytes(facts.config, kv_dtype, start.block_size) // start.block_size
+    return max(CPU_RESIDENT_BYTES, rest * 5 // 4) - rest
 
 
 def choose_cache_dtype(start: Start, kernels: str, dtype: torch.dtype, automatic: torch.dtype) -> torch.dtype:

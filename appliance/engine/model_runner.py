@@ -20,6 +20,7 @@ from appliance.kernels.kv_cache import FP8, allocate_fp8
 from appliance.kernels.ops import AttentionBatch, Ops, Sampled, SamplingBatch, StepInput
 
 if TYPE_CHECKING:
+    from appliance.engine.cpu_upgrade import Improver
     from appliance.model.decoder import Decoder
 
 
@@ -94,6 +95,7 @@ class ModelRunner:
         self._is_cuda = device.type == "cuda"
         self._outputs = _OutputCopies(self.batch.max_entries, device) if self._is_cuda else None
         self._steady: _Ready | None = None
+        self.improver: Improver | None = None  # CPU only
         self.graphs: StepGraphs | None = None
         self._logits: Tensor | None = None  # where all graphs leave their logits: one buffer, since only the newest are read
         if use_graphs and self._is_cuda:
@@ -102,6 +104,8 @@ class ModelRunner:
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Start a step. On CUDA this returns while it runs; on CPU it is done."""
+        if self.improver is not None:
+            self._improve(self.improver)
         self._update_rows(plan)
         steady = self._steady
         if steady is not None and not plan.chunks and self.graphs is not None and plan.decodes == steady.sequences:
@@ -127,15 +131,16 @@ class ModelRunner:
         if self._outputs is not None:
             self._outputs.wait()
         sampled = self._sample(self._forward(shape, *self._bounds(plan)), sampling, shape)
-        return LaunchedStep(plan, sequences, sequence_ids, entries, *self._fetch(sampled), graph_hit=False)
+        return LaunchedStep(plan, sequences, sequence_ids, entries, *self._fetch(sampled, of_graph=False), graph_hit=False)
 
     def _replay(self, plan: StepPlan, step: _Ready, entries: list[int], graphs: StepGraphs) -> LaunchedStep:
         if self._outputs is not None:
             self._outputs.wait()
         sampled = graphs.replay(step.bucket, step.sampling)
+        of_graph = sampled is not None
         if sampled is None:
             sampled = self._sample(graphs.logits(step.bucket), step.sampling, step.bucket)
-        return LaunchedStep(plan, step.sequences, step.sequence_ids, entries, *self._fetch(sampled), graph_hit=True)
+        return LaunchedStep(plan, step.sequences, step.sequence_ids, entries, *self._fetch(sampled, of_graph), graph_hit=True)
 
     def collect(self, step: LaunchedStep) -> StepResult:
         """Wait for a step and read its tokens."""
@@ -175,10 +180,18 @@ class ModelRunner:
         return torch.cuda.max_memory_allocated(self.device) - held
 
     def capture_next_graph(self, before: Callable[[], None]) -> bool:
-        """While idle: capture the next decode graph that is missing, after calling `before`. False where there is none."""
+        """While idle: capture the next decode graph that is missing, after calling `before`; on CPU, a slice of idle work. False: nothing to do."""
         if self.graphs is None:
-            return False
+            if self.improver is None:
+                return False
+            self._improve(self.improver)
+            return self.improver.work_while_idle()
         return self.graphs.capture_missing(before)
+
+    def _improve(self, improver: Improver) -> None:
+        """Between steps: put a better model in the place of this one."""
+        if (made := improver.take()) is not None:
+            self.decoder, self.ops = made
 
     def _run_padding(self, bucket: Bucket) -> None:
         self.batch.upload_step(StepPlan(), bucket)
@@ -190,6 +203,8 @@ class ModelRunner:
     def _forward(self, bucket: Bucket, max_query_len: int, max_context_len: int) -> Tensor:
         step = self.batch.step_input(bucket)
         batch = self.batch.attention_batch(bucket, max_query_len, max_context_len)
+        if self.graphs is not None:
+            self.ops.apply_updates(self.batch.state, *self.batch.staged_updates())
         self.ops.prepare_inputs(self.batch.state, step, batch, self.limits.block_size)
         # A few rows are cheap to keep per graph, and their head streams its weight through another kernel.
         shared = self._logits is not None and bucket.num_entries > _OWN_LOGITS_ROWS
@@ -216,9 +231,10 @@ class ModelRunner:
         return query, max([context, *(sequence.num_computed for sequence in plan.decodes)])
 
     def _update_rows(self, plan: StepPlan) -> None:
-        updates = self.batch.upload_updates(plan)
-        if updates is not None:
-            self.ops.apply_updates(self.batch.state, *updates)
+        if self.graphs is None or not self.batch.stage_updates(plan):
+            updates = self.batch.upload_updates(plan)
+            if updates is not None:
+                self.ops.apply_updates(self.batch.state, *updates)
         for sequence in plan.new_rows:
             if sequence.sampling_flags & PENALTIES:
                 self._fill_penalty_row(sequence)
@@ -284,20 +300,21 @@ class ModelRunner:
         ids = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=self.device)
         return ids, torch.full(ids.shape, float("-inf"), device=self.device)
 
-    def _fetch(self, sampled: Sampled) -> tuple[list[Tensor], torch.cuda.Event | None]:
+    def _fetch(self, sampled: Sampled, of_graph: bool) -> tuple[list[Tensor], torch.cuda.Event | None]:
         wanted = [sampled.token_ids]
         if sampled.logprobs is not None:
             assert sampled.ranks is not None
             assert sampled.top_ids is not None
             assert sampled.top_logprobs is not None
             wanted += [sampled.logprobs, sampled.ranks, sampled.top_ids, sampled.top_logprobs]
-        return (wanted, None) if self._outputs is None else self._outputs.fetch(wanted)
+        return (wanted, None) if self._outputs is None else self._outputs.fetch(wanted, keep=sampled.logprobs is not None or not of_graph)
 
 
 class _OutputCopies:
     """Copies what a step sampled into pinned memory on a stream of their own, so that the next step need not wait for the host to read it."""
 
     def __init__(self, max_entries: int, device: torch.device) -> None:
+        self._main = torch.cuda.current_stream(device)
         self._stream = torch.cuda.Stream(device)
         self._ids = [torch.empty(max_entries, dtype=torch.int32, pin_memory=True) for _ in range(_RING)]
         self._sampled = [torch.cuda.Event() for _ in range(_RING)]
@@ -308,22 +325,29 @@ class _OutputCopies:
     def wait(self) -> None:
         """Let the device wait until the ids of the step before are out of the buffer that the next one writes."""
         if self._newest is not None:
-            torch.cuda.current_stream().wait_event(self._newest)
+            self._main.wait_event(self._newest)
 
-    def fetch(self, tensors: list[Tensor]) -> tuple[list[Tensor], torch.cuda.Event]:
-        """Host copies of `tensors`, the token ids first, valid once the event has passed. Ids stay until `_RING` further steps."""
+    def fetch(self, tensors: list[Tensor], *, keep: bool) -> tuple[list[Tensor], torch.cuda.Event]:
+        """Host copies of `tensors`, the token ids first, valid once the event has passed. Ids stay until `_RING` further steps.
+
+        keep: the tensors' memory may be given to others before the copy is done, as a graph's never is.
+        """
         turn, self._turn = self._turn, (self._turn + 1) % _RING
         sampled, copied = self._sampled[turn], self._copied[turn]
-        sampled.record(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(sampled)
+        sampled.record(self._main)
+        self._stream.wait_event(sampled)
+        torch.cuda.set_stream(self._stream)  # a tenth of what the context manager of torch costs
+        try:
             outputs = []
             for index, tensor in enumerate(tensors):
                 host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) if index else self._ids[turn][: tensor.shape[0]]
                 host.copy_(tensor, non_blocking=True)
-                tensor.record_stream(self._stream)
+                if keep:
+                    tensor.record_stream(self._stream)
                 outputs.append(host)
-            copied.record(self._stream)
+        finally:
+            torch.cuda.set_stream(self._main)
+        copied.record(self._stream)
         self._newest = copied
         return outputs, copied
 

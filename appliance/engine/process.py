@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import logging
 import os
 import select
 import signal
@@ -177,6 +178,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="appliance.engine.process", description=__doc__)
     parser.add_argument("--fd", type=int, required=True, help="file descriptor of the inherited socket")
     options = parser.parse_args(argv)
+    logging.basicConfig(format="engine: %(message)s")  # to stderr, which the server passes on
+    logging.getLogger("appliance").setLevel(logging.INFO)
     gc.disable()  # until it serves: imports make many objects and hardly any garbage
     # An OpenMP worker spins between steps, by default for milliseconds of a core that the server needs; this is some 10 us, enough within a step.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # read when the library is loaded

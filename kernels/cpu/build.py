@@ -1,5 +1,6 @@
 """Compiles the C++ kernels at first use into a cache folder, and loads them.
 
+$APPLIANCE_CPU_ARCHITECTURE overrides -march=native (`x86-64-v3`: the code that a CPU with AVX2 alone gets), for tests and comparisons.
 Thread-safe across processes: each compiles into a temporary name and renames it, so a reader sees a whole library or none.
 """
 
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 
 CACHE_VARIABLE: Final = "APPLIANCE_CACHE_DIR"
 COMPILER_VARIABLE: Final = "CXX"
+ARCHITECTURE_VARIABLE: Final = "APPLIANCE_CPU_ARCHITECTURE"
 _SOURCES: Final = Path(__file__).parent
 _FLAGS: Final = (
     "-O3",
@@ -69,14 +71,37 @@ def cpu_description() -> tuple[str, str]:
     return name, flags
 
 
-def load_library(architecture: str = "native") -> ctypes.CDLL:
-    """The compiled kernels for this CPU (or for another -march value that it can run). Raises BuildError."""
+def target_architecture() -> str:
+    """The -march value of this process's kernels."""
+    return os.environ.get(ARCHITECTURE_VARIABLE) or "native"
+
+
+def load_library(architecture: str | None = None, *, in_background: bool = False) -> ctypes.CDLL:
+    """The kernels for this CPU (or for another -march value that it can run), compiled if need be. Raises BuildError.
+
+    in_background: the compiler runs at the lowest priority, since the process serves meanwhile.
+    """
+    compiler, path = _target(architecture or target_architecture())
+    if not path.exists():
+        _build(compiler, architecture or target_architecture(), path, in_background=in_background)
+    return _open(path)
+
+
+def built_library() -> ctypes.CDLL | None:
+    """The kernels if they are compiled already. Raises BuildError where they cannot be."""
+    _, path = _target(target_architecture())
+    return _open(path) if path.exists() else None
+
+
+def _target(architecture: str) -> tuple[str, Path]:
+    """The compiler and where its library belongs."""
     compiler = os.environ.get(COMPILER_VARIABLE) or shutil.which("g++") or shutil.which("c++")
     if compiler is None or shutil.which(compiler) is None:
         raise BuildError("no C++ compiler found; install g++ (Debian: apt install g++) or set CXX")
-    path = cache_dir() / "kernels" / f"cpu-{_fingerprint(compiler, architecture)}.so"
-    if not path.exists():
-        _build(compiler, architecture, path)
+    return compiler, cache_dir() / "kernels" / f"cpu-{_fingerprint(compiler, architecture)}.so"
+
+
+def _open(path: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -100,17 +125,18 @@ def _fingerprint(compiler: str, architecture: str) -> str:
     return digest.hexdigest()[:20]
 
 
-def _build(compiler: str, architecture: str, path: Path) -> None:
+def _build(compiler: str, architecture: str, path: Path, *, in_background: bool) -> None:
     started = time.monotonic()
+    command = ["nice", "-n", "19", compiler] if in_background and shutil.which("nice") else [compiler]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             flags = [*_FLAGS, f"-march={architecture}"]
             objects = [(source, Path(folder) / f"{source.stem}.o") for source in _sources() if source.suffix == ".cpp"]
             with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-                list(pool.map(lambda job: _run([compiler, *flags, "-c", str(job[0]), "-o", str(job[1])]), objects))
+                list(pool.map(lambda job: _run([*command, *flags, "-c", str(job[0]), "-o", str(job[1])]), objects))
             library = Path(folder) / path.name
-            _run([compiler, "-shared", "-fopenmp", *(str(target) for _, target in objects), "-o", str(library)])
+            _run([*command, "-shared", "-fopenmp", *(str(target) for _, target in objects), "-o", str(library)])
             library.replace(path)
     except OSError as error:
         raise BuildError(f"cannot write {path}: {error}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -28,22 +28,27 @@ _FROM_BLOCKS: Final = {"Q4_0": 0, "Q4_1": 1, "Q8_0": 2, "Q4_K": 3, "Q5_0": 6}
 _CHUNK_ROWS: Final = 2048  # rows widened at a time
 
 
-class CopyBudget:
-    """Bytes that dense copies of packed weights may take, over all layers. The first refusal is logged."""
+CopyLimit = int | Callable[[], int]
 
-    def __init__(self, limit_bytes: int) -> None:
-        self.limit_bytes = limit_bytes
+
+class CopyBudget:
+    """Bytes that dense copies of packed weights may take, over all layers; asked for when the first copy is. The first refusal is logged."""
+
+    def __init__(self, limit_bytes: CopyLimit) -> None:
+        self._limit_bytes = limit_bytes
         self.used_bytes = 0
         self._warned = False
 
     def take(self, num_bytes: int) -> bool:
         """Whether there was room; if so it is taken."""
-        if self.used_bytes + num_bytes > self.limit_bytes:
+        if not isinstance(self._limit_bytes, int):
+            self._limit_bytes = self._limit_bytes()
+        if self.used_bytes + num_bytes > self._limit_bytes:
             if not self._warned:
                 log.warning(
                     "dense weight copies stop at %d of %d bytes; the other layers use integer weights for large steps too",
                     self.used_bytes,
-                    self.limit_bytes,
+                    self._limit_bytes,
                 )
                 self._warned = True
             return False
