@@ -133,6 +133,7 @@ class Database:
             async with self._locked() as connection:
                 await connection.run_sync(run)
                 await connection.commit()
+            await self.engine.dispose()  # pooled connections may hold plans for the schema that was
         except CommandError as error:
             advice = "If a newer version has migrated this database, run that version, or downgrade with it first."
             raise MigrationFailed(f"{self.url.render_as_string()}: {error}. {advice}") from error

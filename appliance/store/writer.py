@@ -34,6 +34,7 @@ _FLUSH_SECONDS = 30.0  # a flush that takes longer counts as failed
 _CLOSE_SECONDS = 10.0
 _MAX_BACKOFF_SECONDS = 10.0
 _SPOOL_RETRY_SECONDS = 1.0  # a full disk is not asked again before
+_DROP_LOG_SECONDS = 60.0
 
 
 class StoreWriter:
@@ -71,7 +72,8 @@ class StoreWriter:
         self._available = True
         self._retry_at = 0.0  # monotonic; the database is left alone until then
         self._backoff = settings.flush_seconds
-        self._spool_retry_at = 0.0
+        self._spool_retry_at = self._drop_log_at = 0.0
+        self._spool_failing = False
         self._num_written = self._num_spooled = self._num_dropped = self._num_refused = self._num_flushes = self._num_failed = 0
         self._flush_seconds = 0.0
         dialect = postgresql if database.dialect == "postgresql" else sqlite
@@ -160,6 +162,9 @@ class StoreWriter:
                 self._spool_retry_at = self._clock.monotonic() + _SPOOL_RETRY_SECONDS
             records = records[: len(self._queue) - self._settings.queue_rows]
             self._num_dropped += len(records)
+            if self._clock.monotonic() >= self._drop_log_at:
+                self._drop_log_at = self._clock.monotonic() + _DROP_LOG_SECONDS
+                _log.error("neither the database nor %s takes rows: %d are lost so far", self._spool.folder, self._num_dropped)
         else:
             self._num_spooled += len(records)
         for _ in records:
@@ -223,9 +228,9 @@ class StoreWriter:
         """`rows` in one transaction; where one is invalid, each in its own, and the invalid ones are refused. Raises what the database raises."""
         started = time.perf_counter()
         try:
+            if not self._database.migrated:  # it was away when the server started; a migration takes as long as it must
+                await self._database.migrate()
             async with asyncio.timeout(_FLUSH_SECONDS):
-                if not self._database.migrated:  # it was away when the server started
-                    await self._database.migrate()
                 try:
                     async with self._database.connection() as connection:
                         await self._insert(connection, rows)
@@ -299,7 +304,9 @@ class StoreWriter:
                 await asyncio.shield(append)
             except OSError as error:
                 self._queue.extendleft(reversed(records))
-                _log.error("the spool does not take rows, %d wait in memory: %s", len(self._queue), error)
+                if not self._spool_failing:
+                    _log.error("the spool does not take rows, %d wait in memory: %s", len(self._queue), error)
+                self._spool_failing = True
                 return
             except asyncio.CancelledError:  # the thread goes on: wait for what it did, or the rows would be there twice or not at all
                 await asyncio.wait([append])
@@ -311,6 +318,7 @@ class StoreWriter:
             finally:
                 self._in_flight = 0
             self._num_spooled += len(rows)
+            self._spool_failing = False
 
     def _rows(self, records: list[Record]) -> list[tuple[str, Row]]:
         rows = []
