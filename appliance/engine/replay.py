@@ -107,8 +107,8 @@ class SequenceTable:
 
         Raises ValueError if the arrays do not match. Events come first ("scheduled" goes ahead of the token that it led to), ends last.
         """
-        self._charge(step.stats)
         self.on_events(step.events)
+        self._charge(step.stats)  # who was preempted is in it no more, who was resumed is again
         open_, logprobs = self._open, step.logprobs
         last_times: dict[float, int] = {}
         for sequence_id, token_id in zip(unpack_ids(step.sequence_ids), unpack_ids(step.token_ids), strict=True):

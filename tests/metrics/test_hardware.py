@@ -102,3 +102,9 @@ def test_the_thread_reads_and_survives_failures(tmp_path: Path, fake_nvml: Any) 
     assert len(reader.latest.gpus) == 2
     assert fake_nvml.closed
     assert not any(thread.name == "hardware-reader" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize(("visible", "indices"), [(None, [0, 1]), ("1,0", [1, 0]), ("GPU-handle1,GPU-handle0", [1, 0]), ("1", [1])])
+def test_the_engines_gpu_comes_first(fake_nvml: Any, visible: str | None, indices: list[int]) -> None:
+    """In CUDA's order, which CUDA_VISIBLE_DEVICES names: the first is device 0, whose energy is the engine's."""
+    assert [gpu.index for gpu in Nvml(fake_nvml, visible).read()] == indices
