@@ -16,6 +16,8 @@ from appliance.engine.sequence import Sequence
 from appliance.engine.wire import Abort, Events, Finish, Rejected, SequenceEvent, StepOutput, Submit, TokenLogprobs, pack_ids
 from appliance.events import StepStats
 
+_FREE_BYTES_SECONDS = 1.0  # between readings of the device's free memory: each asks the driver
+
 
 @dataclass(slots=True)
 class _Report:
@@ -55,14 +57,18 @@ class Engine:
         *,
         depth: int,
         announce: Callable[[Events], None] = lambda _: None,
+        free_bytes: Callable[[], int] = lambda: 0,
     ) -> None:
+        """`announce` is told who enters the batch before the step that might die of it; `free_bytes` gives the device's free memory."""
         self.runner = runner
         self.limits = limits
         self.pool = pool
         self.scheduler = Scheduler(limits, pool)
         self.chunk_policy = chunk_policy
         self._depth = depth
-        self._announce = announce  # told who enters the batch before the step that might die of it
+        self._announce = announce
+        self._read_free_bytes = free_bytes
+        self._free_bytes, self._free_read_at = 0, float("-inf")
         self._sequences: dict[int, Sequence] = {}
         self._deadlines: list[tuple[float, int]] = []
         self._in_flight: deque[_InFlight] = deque()
@@ -205,6 +211,8 @@ class Engine:
         before, self._pool_totals = self._pool_totals, (pool.num_allocated, pool.num_reused, pool.num_evicted)
         packed_sequences, packed_tokens = pack_ids(report.sequence_ids), pack_ids(report.token_ids)
         now = time.monotonic()
+        if now - self._free_read_at >= _FREE_BYTES_SECONDS:
+            self._free_bytes, self._free_read_at = self._read_free_bytes(), now
         stats = StepStats(
             step=self._num_steps,
             started_at=started_at,
@@ -228,6 +236,7 @@ class Engine:
             num_aborted=report.num_aborted,
             num_surplus_tokens=report.num_surplus,
             graph_hit=step.launched.graph_hit if step else False,
+            free_bytes=self._free_bytes,
             busy_seconds=busy_seconds,
             num_context_tokens=plan.num_context_tokens,
             num_sampled_tokens=len(step.launched.sequences) if step else 0,

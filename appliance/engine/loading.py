@@ -122,7 +122,15 @@ def build_engine(start: Start, phase: PhaseReporter, announce: Callable[[Events]
         runner.improver = Improver(load, decoder, ops, functools.partial(copy_limit, start))
     target = start.itl_target_seconds or (CUDA_ITL_TARGET_SECONDS if device.type == "cuda" else CPU_ITL_TARGET_SECONDS)
     policy = ChunkPolicy(target, limits.max_num_batched_tokens)
-    engine = Engine(runner, limits, pool, policy, depth=1 if device.type == "cuda" else 0, announce=announce)
+    engine = Engine(
+        runner,
+        limits,
+        pool,
+        policy,
+        depth=1 if device.type == "cuda" else 0,
+        announce=announce,
+        free_bytes=lambda: torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0,
+    )
     ready = Ready(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         dtype=str(dtype).removeprefix("torch."),
