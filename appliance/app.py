@@ -342,7 +342,12 @@ async def running(settings: Settings, clock: Clock | None = None, spawned: Spawn
 
 async def serve(settings: Settings, spawned: Spawned | None = None) -> int:
     """Serve until SIGINT or SIGTERM; drain; the exit status. A second signal aborts what is still open."""
-    configure_logs(settings.log)
+    with contextlib.closing(configure_logs(settings.log, background=True)):
+        return await _serve(settings, spawned)
+
+
+async def _serve(settings: Settings, spawned: Spawned | None) -> int:
+    """`serve`, with the logs configured."""
     stop, abort = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -5,11 +5,18 @@ No text of a user reaches them, unless log.prompts asks for it.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
+import os
+import queue
 import sys
+import threading
 import time
 from typing import Any, TextIO
+
+import msgspec
 
 from appliance.events import RequestRecord
 from appliance.settings import LogSettings
@@ -18,6 +25,9 @@ from appliance.tracing import TraceContext
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 _requests = logging.getLogger("appliance.requests")
 _MAX_TEXT = 20_000  # characters of one prompt or output in a line
+_MAX_HELD_LINES = 10_000  # that wait for whoever reads the log
+_CLOSE_SECONDS = 2.0
+_encode = msgspec.json.Encoder(enc_hook=str).encode  # a third of what json.dumps takes
 _QUIET = {"apscheduler": logging.WARNING, "aiohttp.access": logging.WARNING, "alembic": logging.WARNING, "asyncio": logging.WARNING}
 
 
@@ -33,7 +43,10 @@ class JsonFormatter(logging.Formatter):
         } | _extra(record)
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+        try:
+            return _encode(line).decode()
+        except (TypeError, ValueError, OverflowError, msgspec.MsgspecError):  # keys that are no text, lone surrogates, huge numbers
+            return json.dumps(line, default=str)
 
 
 class ConsoleFormatter(logging.Formatter):
@@ -59,11 +72,70 @@ class _NoHeaders(logging.Filter):
         return logging.getLogger().isEnabledFor(logging.INFO)
 
 
-def configure_logs(settings: LogSettings, stream: TextIO | None = None) -> None:
-    """Send all loggers of this process to `stream` (standard error). Replaces what was configured before."""
+class BackgroundHandler(logging.Handler):
+    """Formats and writes on a thread of its own: a log that nobody reads (a full pipe, a stopped terminal) must not stop the server.
+
+    It holds 10,000 records; beyond them the newest are dropped, and how many is the next line once there is room. `close` waits two seconds at most.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self.num_dropped = 0  # not told of yet
+        self._stream = stream
+        self._queue: queue.SimpleQueue[logging.LogRecord | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep `record` for the thread. Never waits, until `close`; then it writes by itself."""
+        if not self._thread.is_alive():
+            self._put(record)
+        elif self._queue.qsize() >= _MAX_HELD_LINES:
+            self.num_dropped += 1
+        else:
+            self._queue.put(record)
+
+    def close(self) -> None:
+        """Write what is held, as far as somebody reads it."""
+        self._queue.put(None)
+        self._thread.join(_CLOSE_SECONDS)
+        super().close()
+
+    def _run(self) -> None:
+        while (record := self._queue.get()) is not None:
+            self._put(record)
+            dropped, self.num_dropped = self.num_dropped, 0
+            if dropped:
+                text = f"{dropped} lines of the log were dropped: nobody read them"
+                self._put(logging.LogRecord(__name__, logging.WARNING, __file__, 0, text, (), None))
+
+    def _put(self, record: logging.LogRecord) -> None:
+        try:
+            self._write(self.format(record) + "\n")
+        except Exception:  # as logging does with a line that cannot be formatted or written: said on standard error, if that can be
+            with contextlib.suppress(Exception):
+                self.handleError(record)
+
+    def _write(self, text: str) -> None:
+        """Past the stream's buffer, whose lock would keep a blocked thread from letting the interpreter end."""
+        try:
+            descriptor = self._stream.fileno()
+        except (AttributeError, io.UnsupportedOperation):  # not a file
+            self._stream.write(text)
+            return
+        data = memoryview(text.encode("utf-8", "backslashreplace"))
+        while data:
+            data = data[os.write(descriptor, data) :]
+
+
+def configure_logs(settings: LogSettings, stream: TextIO | None = None, *, background: bool = False) -> logging.Handler:
+    """Send all loggers of this process to `stream` (standard error), from a thread where `background`: then close the handler at the end.
+
+    Replaces what was configured before.
+    """
     stream = stream or sys.stderr
     as_json = settings.format == "json" or (settings.format == "auto" and not stream.isatty())
-    handler = logging.StreamHandler(stream)
+    handler = BackgroundHandler(stream) if background else logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter() if as_json else ConsoleFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
@@ -71,6 +143,7 @@ def configure_logs(settings: LogSettings, stream: TextIO | None = None) -> None:
     for name, level in _QUIET.items():
         logging.getLogger(name).setLevel(max(level, root.level))
     logging.getLogger("aiohttp.server").filters[:] = [_NoHeaders()]
+    return handler
 
 
 class Texts:
