@@ -120,10 +120,17 @@ def _add_models(commands: argparse._SubParsersAction[argparse.ArgumentParser], s
 
 def _add_db(commands: argparse._SubParsersAction[argparse.ArgumentParser], settings: argparse.ArgumentParser) -> None:
     db = commands.add_parser(
-        "db", help="upgrade, check, vacuum or export the database", description="The SQL database of the ledger, samples and decisions."
+        "db", help="upgrade, downgrade, check, vacuum or export the database", description="The SQL database of the ledger, samples and decisions."
     )
     actions = db.add_subparsers(dest="action", metavar="ACTION", required=True, help="what to do")
     actions.add_parser("upgrade", parents=[settings], help="bring the schema up to date", description="Run the migrations (`serve` does so itself).")
+    downgrade = actions.add_parser(
+        "downgrade",
+        parents=[settings],
+        help="take the schema back, for an older version",
+        description="Undo migrations down to a revision. Stop every appliance of the database first. What the newer schema added is lost.",
+    )
+    downgrade.add_argument("revision", metavar="REVISION", help="such as 0001; `base` drops everything")
     actions.add_parser(
         "check",
         parents=[settings],

@@ -1,4 +1,4 @@
-"""`appliance db`: upgrade, check, vacuum and export the SQL database."""
+"""`appliance db`: upgrade, downgrade, check, vacuum and export the SQL database."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """`upgrade` migrates to the newest schema; `check` tells whether that is needed and whether the file is sound (exit status 1); `vacuum` gives
-    unused space back; `export` writes a table or named query."""
+    """`upgrade` migrates to the newest schema, `downgrade` to an older one; `check` tells whether the schema is current and the data sound (else exit
+    status 1); `vacuum` gives unused space back; `export` writes a table or named query."""
     settings = load_settings(arguments).settings
     actions: dict[str, Callable[[Database, Settings, argparse.Namespace], Awaitable[int]]] = {
         "upgrade": _upgrade,
+        "downgrade": _downgrade,
         "check": _check,
         "vacuum": _vacuum,
         "export": _export,
@@ -63,6 +64,13 @@ async def _upgrade(database: Database, _: Settings, __: argparse.Namespace) -> i
     after = await database.revision()
     change = "is at" if before == after else f"{before or 'empty'} ->"
     print(f"{database.url.render_as_string()}: {change} {after}")
+    return 0
+
+
+async def _downgrade(database: Database, _: Settings, arguments: argparse.Namespace) -> int:
+    before = await database.revision()
+    await database.downgrade(arguments.revision)
+    print(f"{database.url.render_as_string()}: {before or 'empty'} -> {await database.revision() or 'empty'}")
     return 0
 
 

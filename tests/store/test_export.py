@@ -137,11 +137,12 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "there are busiest_hours, deliveries" in capsys.readouterr().err
     assert _appliance("export", "requests", "--format", "parquet", *flags) == 1
     assert _appliance("export", "requests", "--since", "yesterday", *flags) == 2
-    with sqlite3.connect(tmp_path / "appliance.db") as connection:
-        connection.execute("UPDATE alembic_version SET version_num = '0001'")
-    connection.close()
+    capsys.readouterr()
+    assert _appliance("downgrade", "0001", *flags) == 0
+    assert "-> 0001" in capsys.readouterr().out
     assert _appliance("export", "requests", *flags) == 1
     assert _appliance("check", *flags) == 1
+    assert _appliance("downgrade", "nonsense", *flags) == 1
 
 
 def test_a_damaged_file_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
