@@ -109,3 +109,14 @@ def test_decodes_report_their_contexts() -> None:
     assert [stats.num_context_tokens for stats in driver.stats if stats.num_decode_tokens] == [11, 12, 13]
     (chunk,) = [chunk for stats in driver.stats for chunk in stats.chunks]
     assert chunk == (1, 0, 10, True)
+
+
+def test_free_memory_is_read_now_and_then() -> None:
+    """The driver is asked once a second, not at every step; what it said goes with each report."""
+    answers = iter([111, 222])
+    driver: Driver = make_driver()
+    driver.engine._read_free_bytes = lambda: next(answers)
+    driver.submit(1, _prompt(10), max_tokens=6)
+    driver.run()
+    assert len(driver.stats) > 3
+    assert {stats.free_bytes for stats in driver.stats} == {111}
