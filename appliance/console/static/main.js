@@ -49,7 +49,10 @@ async function start() {
       if (link.dataset.view === view) link.setAttribute("aria-current", "page");
       else link.removeAttribute("aria-current");
     }
-    if (view === "overview") overview.refresh();
+    if (view === "overview") {
+      overview.refresh();
+      overview.showEvents();
+    }
     if (view === "requests") rest ? requests.find(decodeURIComponent(rest)) : requests.load(true);
     if (view === "scaling") showDecisions(about);
     if (view === "chat") $("chat-input").focus();

@@ -22,7 +22,7 @@ export class Overview {
     const library = await loadLibrary();
     this.charts = panels(this.about).map((panel) => new Chart(library, panel, this.points));
     $("charts").replaceChildren(...this.charts.map((chart) => chart.figure));
-    await Promise.all([this.reload(), this.showEvents()]);
+    await this.reload();
   }
 
   /** A frame of the live stream. */
