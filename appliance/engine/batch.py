@@ -13,6 +13,7 @@ from appliance.engine.sequence import Sequence
 from appliance.kernels import ops as k
 
 _RING = 4  # host buffers in flight: one being filled, up to two steps launched, one spare
+_STAGED_BLOCKS = 240  # new blocks of a step that its graph itself writes into the tables: more than a chunk of 2,048 tokens and 100 decodes take
 
 
 def row_params(sequence: Sequence) -> list[int]:
@@ -72,6 +73,14 @@ class DeviceBatch:
             params=torch.zeros(max_num_seqs + 1, k.NUM_PARAMS, dtype=torch.int32, device=device),
             block_tables=torch.zeros(max_num_seqs + 1, max_blocks, dtype=torch.int32, device=device),
         )
+        self._staged = (max_num_chunks, max_num_chunks * k.NUM_PARAMS, 3 * _STAGED_BLOCKS)
+        self._no_updates = np.zeros(sum(self._staged), dtype=np.int32)
+        self._no_updates[:max_num_chunks] = self.dummy_row
+        self._no_updates[sum(self._staged[:2]) :: 3] = self.dummy_row
+        self._device_updates = torch.from_numpy(self._no_updates).to(device)
+        self._host_updates = [_pinned(sum(self._staged), device) for _ in range(_RING)]
+        self._updates_turn = 0
+        self._updates_staged = False
         self._header = 2 * self.max_entries + 2 * max_num_chunks
         size = self._header + max_num_tokens
         self._device_step = torch.zeros(size, dtype=torch.int32, device=device)
@@ -120,6 +129,41 @@ class DeviceBatch:
             max_context_len=max_context_len,
         )
 
+    def staged_updates(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What `stage_updates` left, as `apply_updates` takes it: at one address, padded with the dummy row, so that a graph may apply it."""
+        row_ids, params, triples = self._device_updates.split(self._staged)
+        return row_ids, params.view(-1, k.NUM_PARAMS), triples.view(-1, 3)
+
+    def stage_updates(self, plan: StepPlan) -> bool:
+        """Leave the plan's new rows and blocks where `staged_updates` has them. False where there are too many: then nothing is staged."""
+        rows, blocks = plan.new_rows, plan.new_blocks
+        fits = len(rows) <= self._staged[0] and len(blocks) <= _STAGED_BLOCKS
+        if not fits or not (rows or blocks):
+            if self._updates_staged:  # those of the step before must not be applied again
+                self._upload_staged([], [])
+            return fits
+        self._upload_staged(rows, blocks)
+        return True
+
+    def _upload_staged(self, rows: list[Sequence], blocks: list[tuple[int, int, int]]) -> None:
+        host = self._host_updates[self._updates_turn]
+        self._updates_turn = (self._updates_turn + 1) % _RING
+        view = host.numpy()
+        view[:] = self._no_updates
+        self._write_updates(view, self._staged, rows, blocks)
+        self._device_updates.copy_(host, non_blocking=True)
+        self._updates_staged = bool(rows or blocks)
+
+    @staticmethod
+    def _write_updates(view: np.ndarray, split: tuple[int, int, int], rows: list[Sequence], blocks: list[tuple[int, int, int]]) -> None:
+        for index, sequence in enumerate(rows):
+            start = split[0] + index * k.NUM_PARAMS
+            view[index] = sequence.row
+            view[start : start + k.NUM_PARAMS] = row_params(sequence)
+        if blocks:
+            start = split[0] + split[1]
+            view[start : start + 3 * len(blocks)] = np.asarray(blocks, dtype=np.int32).reshape(-1)
+
     def upload_updates(self, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """The plan's new rows and blocks on the device, as `apply_updates` takes them; None where there are none."""
         rows, blocks = plan.new_rows, plan.new_blocks
@@ -127,13 +171,7 @@ class DeviceBatch:
             return None
         split = len(rows), len(rows) * k.NUM_PARAMS, 3 * len(blocks)
         host = _pinned(sum(split), self.device)
-        view = host.numpy()
-        view[: split[0]] = [sequence.row for sequence in rows]
-        for index, sequence in enumerate(rows):
-            start = split[0] + index * k.NUM_PARAMS
-            view[start : start + k.NUM_PARAMS] = row_params(sequence)
-        if blocks:
-            view[split[0] + split[1] :] = np.asarray(blocks, dtype=np.int32).reshape(-1)
+        self._write_updates(host.numpy(), split, rows, blocks)
         device = host.to(self.device, non_blocking=True)
         row_ids, params, triples = device.split(split)
         return row_ids, params.view(-1, k.NUM_PARAMS), triples.view(-1, 3)

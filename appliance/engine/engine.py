@@ -43,6 +43,7 @@ class _InFlight:
     started_at: float
     schedule_seconds: float
     launch_seconds: float
+    num_ended: int
 
 
 class Engine:
@@ -74,6 +75,7 @@ class Engine:
         self._in_flight: deque[_InFlight] = deque()
         self._report = _Report()
         self._num_steps = 0
+        self._num_ended = 0  # sequences, ever: while it stands still, nobody in a launched step can have ended
         self._last_done_at = 0.0
         self._pool_totals = (0, 0, 0)  # blocks allocated, reused and evicted, as last reported
 
@@ -132,20 +134,20 @@ class Engine:
         waiting_from = time.monotonic()
         result = self.runner.collect(oldest.launched)
         done_at = time.monotonic()
-        self._process(oldest.launched, result, done_at)
+        self._process(oldest.launched, result, done_at, oldest.num_ended)
         busy_seconds = self._learn(oldest, done_at)
         return self._output(oldest, oldest.started_at, done_at - waiting_from, done_at, busy_seconds)
 
     def _launch(self, plan: StepPlan, started_at: float) -> None:
         scheduled_at = time.monotonic()
         launched = self.runner.launch(plan)
-        self._in_flight.append(_InFlight(launched, started_at, scheduled_at - started_at, time.monotonic() - scheduled_at))
+        self._in_flight.append(_InFlight(launched, started_at, scheduled_at - started_at, time.monotonic() - scheduled_at, self._num_ended))
 
-    def _process(self, launched: LaunchedStep, result: StepResult, now: float) -> None:
+    def _process(self, launched: LaunchedStep, result: StepResult, now: float, num_ended_before: int) -> None:
         """Append each sequence's token; what is due less often than at every token is `_milestone`'s."""
         report = self._report
         sequences, token_ids, sequence_ids = launched.sequences, result.token_ids, launched.sequence_ids
-        if any(sequence.ended for sequence in sequences):
+        if self._num_ended != num_ended_before:
             kept = [(sequence, token_id) for sequence, token_id in zip(sequences, token_ids, strict=True) if not sequence.ended]
             report.num_surplus += len(sequences) - len(kept)
             sequences, token_ids = [sequence for sequence, _ in kept], [token_id for _, token_id in kept]
@@ -180,6 +182,7 @@ class Engine:
     def _end(self, sequence: Sequence, reason: str, detail: str = "") -> None:
         del self._sequences[sequence.id]
         sequence.ended = True
+        self._num_ended += 1
         self.scheduler.finish(sequence)
         self.runner.forget(sequence)
         self._report.finished.append((sequence.id, reason, detail))

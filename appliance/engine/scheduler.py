@@ -128,8 +128,10 @@ class Scheduler:
 
     def _schedule_decodes(self, plan: StepPlan, now: float) -> None:
         size = self.limits.block_size
-        for sequence in list(self._decoding):
-            if sequence.num_tokens >= sequence.max_tokens or sequence.row is None:
+        ending = False
+        for sequence in [sequence for sequence in self._decoding if sequence.num_tokens > sequence.runs_until]:
+            if sequence.num_tokens >= sequence.max_tokens:
+                ending = True  # its last token is on its way
                 continue
             if sequence.num_tokens > len(sequence.blocks) * size:
                 while self.pool.num_free < 1 and sequence.row is not None:
@@ -137,9 +139,9 @@ class Scheduler:
                 if sequence.row is None:
                     continue
                 self._grow(sequence, 1, plan)
-            plan.decodes.append(sequence)
+            sequence.runs_until = min(len(sequence.blocks) * size, sequence.max_tokens - 1)
+        plan.decodes = [sequence for sequence in self._decoding if sequence.num_tokens < sequence.max_tokens] if ending else self._decoding[:]
         if plan.num_preemptions:
-            plan.decodes = [sequence for sequence in plan.decodes if sequence.row is not None]
             plan.new_blocks = [update for update in plan.new_blocks if self._is_current(update)]
 
     def _is_current(self, update: tuple[int, int, int]) -> bool:
@@ -187,7 +189,7 @@ class Scheduler:
         sequence.num_cached = min(sequence.num_computed, sequence.num_prompt)
         sequence.is_prefilling = True
         sequence.in_step = True
-        sequence.check_at = 0
+        sequence.check_at = sequence.runs_until = 0
         self.running.append(sequence)
         self._prefilling.append(sequence)
         self._num_by_key[sequence.key_id] = self._num_by_key.get(sequence.key_id, 0) + 1

@@ -58,6 +58,7 @@ class Sequence:
         "priority",
         "queued_at",
         "row",
+        "runs_until",
         "sampling",
         "sampling_flags",
         "token_ids",
@@ -92,6 +93,7 @@ class Sequence:
         self.in_step = False
         self.was_scheduled = False
         self.ended = False
+        self.runs_until = 0  # up to so many tokens it decodes without another block, and without an end
         self.check_at = 0  # at so many known tokens there is more to do than to append one
         self.finish_at: int | None = None  # the server found a stop string after so many outputs
 
