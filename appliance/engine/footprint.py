@@ -164,7 +164,7 @@ def _projections(config: ModelConfig) -> Iterator[_Projection]:
 def _projection_bytes(projection: _Projection, facts: ModelFacts, *, is_cuda: bool, dtype_bytes: int, quantization: str) -> int:
     rows, columns = sum(projection.rows), projection.columns
     if is_cuda or quantization == "none":
-        if quantization == "fp8":
+        if quantization == "fp8" and not projection.is_head:
             return rows * columns + 4 * rows + (dtype_bytes * rows if projection.has_bias else 0)
         return dtype_bytes * rows * (columns + projection.has_bias)
     kinds = [facts.kinds.get(f"{part}.weight", "F32") for part in projection.parts]

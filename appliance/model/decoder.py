@@ -175,10 +175,17 @@ class _Loader:
         return embedding
 
     def _head(self, embedding: Embedding) -> Linear:
-        """The output projection; where it is tied and the kernels keep the table's own form, both share its memory."""
+        """The output projection; where it is tied and the kernels keep the table's own form, both share its memory.
+
+        Its weights stay as they are where fp8 is asked for, as in published fp8 checkpoints: errors in logits are not averaged by later layers.
+        """
+        quantization = "none" if self._quantization == "fp8" else self._quantization
         if not self._config.tie_word_embeddings:
-            return self._linear("lm_head", ((("lm_head"), self._config.vocab_size),), self._config.hidden_size, has_bias=False)
-        head, num_bytes = self._pack([embedding.table], None)
+            weight = self._get("lm_head.weight", (self._config.vocab_size, self._config.hidden_size))
+            head, num_bytes = self._pack([weight], None, quantization)
+            self._num_bytes += num_bytes
+            return head
+        head, num_bytes = self._pack([embedding.table], None, quantization)
         if getattr(head, "weight", None) is not embedding.table:
             self._num_bytes += num_bytes
         return head
@@ -208,13 +215,13 @@ class _Loader:
         """One projection of several parts (name, out_features), stacked."""
         sources = [self._get(f"{name}.weight", (out_features, in_features)) for name, out_features in parts]
         bias = torch.cat([self._dense(f"{name}.bias", (out_features,)) for name, out_features in parts]) if has_bias else None
-        linear, num_bytes = self._pack(sources, bias)
+        linear, num_bytes = self._pack(sources, bias, self._quantization)
         self._num_bytes += num_bytes
         return linear
 
-    def _pack(self, sources: list[WeightSource], bias: Tensor | None) -> tuple[Linear, int]:
+    def _pack(self, sources: list[WeightSource], bias: Tensor | None, quantization: str) -> tuple[Linear, int]:
         try:
-            return self._ops.make_linear(sources, bias, device=self._device, dtype=self._dtype, quantization=self._quantization)
+            return self._ops.make_linear(sources, bias, device=self._device, dtype=self._dtype, quantization=quantization)
         except ValueError as error:
             raise ModelError(f"{self._config.source}: {error}") from error
 
