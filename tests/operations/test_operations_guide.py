@@ -83,7 +83,7 @@ def test_what_the_guide_names_exists() -> None:
 
 def test_the_backup_command_copies_a_live_database(tmp_path: Path) -> None:
     """The command as printed, on another folder, while a writer has the database open."""
-    (command,) = re.findall(r"python3 -c '(import sqlite3.*?)'\n", GUIDE)
+    (command,) = re.findall(r"python3? -c '(import sqlite3.*?)'\n", GUIDE)
     live = sqlite3.connect(tmp_path / "appliance.db")
     live.execute("PRAGMA journal_mode = WAL")
     live.execute("CREATE TABLE t (x)")

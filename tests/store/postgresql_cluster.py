@@ -75,9 +75,11 @@ def running_cluster() -> Iterator[Cluster]:
     except subprocess.SubprocessError as error:
         shutil.rmtree(folder, ignore_errors=True)
         pytest.skip(f"PostgreSQL does not start here: {error}")
-    yield cluster
-    cluster.stop()
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 async def create_database(cluster: Cluster) -> str:
