@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import shutil
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
@@ -18,11 +21,31 @@ from console_server import ConsoleServer, console_server, seed, work
 from appliance.store.database import Database
 
 
+@pytest.fixture(scope="session")
+def seeded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """A file with an hour of samples, 130 requests, three decisions and two engine events, and the time up to which it holds them."""
+    path, now = tmp_path_factory.mktemp("seeded") / "appliance.db", time.time()
+
+    async def fill() -> None:
+        database = Database(f"sqlite+aiosqlite:///{path}")
+        await seed(database, now)
+        await database.close()
+
+    asyncio.run(fill())
+    return path, now
+
+
 @pytest.fixture
-async def database(tmp_path: Path) -> AsyncIterator[Database]:
-    """An hour of samples, 130 requests, three decisions and two engine events, up to now."""
-    database = Database(f"sqlite+aiosqlite:///{tmp_path / 'appliance.db'}")
-    await seed(database, time.time())
+async def database(seeded: tuple[Path, float], tmp_path: Path) -> AsyncIterator[Database]:
+    """A copy of the seeded database, moved up to now."""
+    path = tmp_path / "appliance.db"
+    shutil.copy(seeded[0], path)
+    database = Database(f"sqlite+aiosqlite:///{path}")
+    late = {"late": time.time() - seeded[1]}
+    async with database.connection() as connection:
+        for table, column in (("samples", "at_wall"), ("requests", "received_wall"), ("engine_events", "at_wall"), ("scale_decisions", "at_wall")):
+            await connection.execute(text(f"UPDATE {table} SET {column} = {column} + :late"), late)  # noqa: S608 - our own names
+        await connection.execute(text("UPDATE scale_decisions SET expires_wall = expires_wall + :late"), late)
     yield database
     await database.close()
 

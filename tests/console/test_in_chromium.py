@@ -232,12 +232,13 @@ async def test_a_refused_chat_says_why(server: ConsoleServer, browser: Browser) 
     assert [problem for problem in page.problems if "503" not in problem] == []  # the browser logs the refusal itself
 
 
-async def test_a_start_is_followed_to_its_end(tmp_path: Path, browser: Browser) -> None:
+async def test_a_start_is_followed_to_its_end(tmp_path: Path, browser: Browser, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the engine loads the page shows phase and progress; the card goes once it serves."""
     engine = FakeEngine()
     engine.state, engine.ready = "starting", None
     engine.heartbeat = Heartbeat("load", 0.0, 900.0, 0.42, "model-00002")
     async with console_server(tmp_path, engine=engine) as server:
+        monkeypatch.setattr(server.console._feed, "_period", 0.1)
         page = await browser.page()
         await page.open(server.url)
         await page.until("document.querySelector('#startup progress')?.value === 0.42")
