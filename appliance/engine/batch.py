@@ -77,7 +77,7 @@ class DeviceBatch:
         self._no_updates = np.zeros(sum(self._staged), dtype=np.int32)
         self._no_updates[:max_num_chunks] = self.dummy_row
         self._no_updates[sum(self._staged[:2]) :: 3] = self.dummy_row
-        self._device_updates = torch.from_numpy(self._no_updates).to(device)
+        self._device_updates = torch.tensor(self._no_updates, device=device)
         self._host_updates = [_pinned(sum(self._staged), device) for _ in range(_RING)]
         self._updates_turn = 0
         self._updates_staged = False
