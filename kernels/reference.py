@@ -16,7 +16,7 @@ from torch import Tensor
 from appliance.kernels import kv_cache
 from appliance.kernels import ops as k
 from appliance.kernels.gguf_blocks import dequantize
-from appliance.kernels.kv_cache import FP8
+from appliance.kernels.kv_cache import FP8, FP8_MAX
 from appliance.kernels.reference_sampling import sample
 
 _GATHER_ELEMENTS: Final = 1 << 26  # key elements that one batched decode gathers at most; beyond it the decodes go in groups
@@ -46,6 +46,13 @@ def make_linear(
     bias = None if bias is None else bias.to(device, dtype)
     num_bytes = weight.nbytes + (0 if bias is None else bias.nbytes)
     return DenseLinear(weight.contiguous(), bias), num_bytes
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x `[T, N]` as float8_e4m3fn and its scales `[T, 1]` float32: scale = max |x| / 448 of the row, out = x / scale."""
+    wide = x.to(torch.float32)
+    scales = (wide.abs().amax(dim=1, keepdim=True) / FP8_MAX).clamp(min=1e-12)
+    return (wide / scales).clamp(-FP8_MAX, FP8_MAX).to(FP8), scales
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

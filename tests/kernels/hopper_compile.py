@@ -22,6 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from appliance.kernels import ops as k
 from appliance.kernels.kv_cache import allocate_fp8
+from appliance.kernels.linear import quantize_rows
 from appliance.kernels.skinny_linear import skinny_linear
 from appliance.kernels.triton_ops import TritonOps
 
@@ -110,6 +111,7 @@ def _skinny_products(dtype: torch.dtype) -> None:
             skinny_linear(x, torch.zeros(hidden, hidden, dtype=dtype), torch.zeros(hidden, dtype=dtype), residual=x.clone())
             skinny_linear(x, torch.zeros(2 * inner, hidden, dtype=dtype), None, norm=norm, gate=True)
             skinny_linear(torch.zeros(tokens, inner, dtype=dtype), torch.zeros(hidden, inner, dtype=dtype), None, residual=x)
+            quantize_rows(torch.zeros(tokens, inner, dtype=dtype))
 
 
 def _sampling_ops(ops: TritonOps, dtype: torch.dtype) -> None:
