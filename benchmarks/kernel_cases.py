@@ -37,6 +37,7 @@ def bootstrap() -> None:
 
 bootstrap()
 
+from appliance.kernels import kv_cache  # noqa: E402
 from appliance.kernels.ops import AttentionBatch  # noqa: E402
 
 BLOCK_SIZE: Final = 16
@@ -73,6 +74,20 @@ def make_caches(num_blocks: int, shape: Shape, dtype: torch.dtype) -> tuple[Tens
     """Random key and value caches `[num_blocks, Hkv, BLOCK_SIZE, D]`."""
     size = (num_blocks, shape.num_kv_heads, BLOCK_SIZE, shape.head_dim)
     return torch.randn(size, device="cuda", dtype=dtype), torch.randn(size, device="cuda", dtype=dtype)
+
+
+def make_fp8_caches(num_blocks: int, shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Key and value caches in e4m3, of magnitudes that differ by token and head, and the values they stand for in float32."""
+    size = (num_blocks, shape.num_kv_heads, BLOCK_SIZE, shape.head_dim)
+    made: list[Tensor] = []
+    for _ in range(2):
+        values = torch.randn(size, device="cuda") * torch.exp2(torch.rand(size[:3], device="cuda") * 6 - 4).unsqueeze(-1)
+        quantized, scales = kv_cache.quantize(values)
+        cache = kv_cache.allocate_fp8(size, torch.device("cuda"))
+        cache.view(torch.uint8).copy_(quantized.view(torch.uint8))
+        kv_cache.scales_of(cache).copy_(scales)
+        made += [cache, kv_cache.dequantize(quantized, scales)]
+    return made[0], made[2], made[1], made[3]
 
 
 def make_batch(decodes: list[int], chunks: list[tuple[int, int]], num_blocks: int, *, padding: int = 0, max_context: int = 0) -> AttentionBatch:

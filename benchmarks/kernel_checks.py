@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from kernel_cases import SHAPES, Shape, exact_attention, make_batch, make_caches, relative_error
+from kernel_cases import SHAPES, Shape, exact_attention, make_batch, make_caches, make_fp8_caches, relative_error
 from torch import Tensor
 
-from appliance.kernels import linear, ops, paged_decode, paged_prefill
+from appliance.kernels import kv_cache, linear, ops, paged_decode, paged_prefill
 from appliance.kernels.reference import ReferenceOps
 from appliance.kernels.skinny_linear import skinny_linear
 from appliance.kernels.triton_ops import TritonOps
@@ -110,6 +110,37 @@ PREFILL_CONFIGS = [
     paged_prefill.PrefillConfig(64, 64, 4, 3),
     paged_prefill.PrefillConfig(64, 128, 4, 3),
 ]
+
+
+def check_fp8_cache() -> Iterator[Result]:
+    """Decodes, chunks and the KV write over an e4m3 cache, against float64 on the values that it stands for."""
+    chunks = [(0, 700), (1000, 129), (0, 0), (37, 1)]
+    for name in ("0.6b", "8b", "0.5b", "135m"):
+        shape = SHAPES[name]
+        key, value, exact_key, exact_value = make_fp8_caches(3000, shape)
+        scale = shape.head_dim**-0.5
+        for window in (None, 200):
+            batch = make_batch([300, 0, 1, 2000, 17], chunks, 3000, padding=5)
+            q = torch.randn(batch.input_ids.shape[0], shape.num_heads, shape.head_dim, device="cuda", dtype=torch.bfloat16)
+            expected = exact_attention(q, exact_key, exact_value, batch, scale, window)
+            yield f"fp8 mixed {name} window {window}", relative_error(TRITON.attention(q, key, value, batch, scale, window), expected), 5e-3
+            for size in (1, 64, 256):
+                contexts = torch.randint(1, 180, (size,)).tolist()
+                batch = make_batch(contexts, [], 3000)
+                q = torch.randn(size, shape.num_heads, shape.head_dim, device="cuda", dtype=torch.bfloat16)
+                expected = exact_attention(q, exact_key, exact_value, batch, scale, window)
+                found = TRITON.attention(q, key, value, batch, scale, window)
+                yield f"fp8 decode {name} batch {size} window {window}", relative_error(found, expected), 5e-3
+        batch = make_batch([5, 900], [(0, 33)], 200, padding=3)
+        qkv = torch.randn(batch.input_ids.shape[0], (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim, device="cuda", dtype=torch.bfloat16)
+        angles = torch.arange(1024, device="cuda").unsqueeze(1) * torch.rand(shape.head_dim // 2, device="cuda")
+        cos_sin, size = torch.cat((angles.cos(), angles.sin()), dim=1), (200, shape.num_kv_heads, 16, shape.head_dim)
+        caches = [[kv_cache.allocate_fp8(size, qkv.device) for _ in range(2)] for _ in range(2)]
+        for run, pair in zip((TRITON, TWIN), caches, strict=True):
+            run.rope_store_kv(qkv, cos_sin, pair[0], pair[1], batch, None, None, 1e-6)
+        for what, found, twin in zip(("keys", "values"), *caches, strict=True):
+            yield f"fp8 {what} {name}: bytes that differ", float((found.view(torch.uint8) != twin.view(torch.uint8)).float().mean()), 1e-3
+            yield f"fp8 {what} {name}: scales that differ", float((kv_cache.scales_of(found) != kv_cache.scales_of(twin)).float().mean()), 1e-3
 
 
 def check_elementwise() -> Iterator[Result]:
@@ -272,6 +303,7 @@ CHECKS: dict[str, Callable[[], Iterator[Result]]] = {
     "step": check_step,
     "decode": check_decode,
     "prefill": check_prefill,
+    "fp8_cache": check_fp8_cache,
     "linear": check_linear,
     "sampling": check_sampling,
 }

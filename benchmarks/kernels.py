@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 import triton
-from kernel_cases import SHAPES, Shape, make_batch, make_caches
+from kernel_cases import SHAPES, Shape, make_batch, make_caches, make_fp8_caches
 from kernel_checks import CHECKS, PREFILL_CONFIGS, TRITON
 from torch import Tensor
 
@@ -95,20 +95,27 @@ DECODE_CASES = [  # name, shape, contexts
 SWEPT_DECODE_CASES = ("256 x 1024", "1 x 700")
 
 
-def time_decode(bench: Bench, sweep: bool) -> Iterator[Row]:
+def time_fp8_decode(bench: Bench, sweep: bool) -> Iterator[Row]:
+    """The decodes over an e4m3 cache, whose bytes are half and a scale for each token and head."""
+    return time_decode(bench, sweep, fp8=True)
+
+
+def time_decode(bench: Bench, sweep: bool, *, fp8: bool = False) -> Iterator[Row]:
     """Bytes: K and V of every context."""
     for what, name, contexts in DECODE_CASES:
         shape = SHAPES[name]
         num_blocks = sum(-(-c // 16) for c in contexts) + 2
-        key, value = make_caches(max(num_blocks, 2000), shape, torch.bfloat16)
+        blocks = max(num_blocks, 2000)
+        key, value = make_fp8_caches(blocks, shape)[:2] if fp8 else make_caches(blocks, shape, torch.bfloat16)
         batch = make_batch(contexts, [], num_blocks)
         q = torch.randn(len(contexts), shape.num_heads, shape.head_dim, device="cuda", dtype=torch.bfloat16)
         out = torch.empty(len(contexts), shape.num_heads * shape.head_dim, device="cuda", dtype=torch.bfloat16)
-        num_bytes = 4 * sum(contexts) * shape.num_kv_heads * shape.head_dim
-        auto = paged_decode.choose_config(len(contexts), shape.num_kv_heads, shape.head_dim, max(contexts), 2, 132)
+        num_bytes = sum(contexts) * shape.num_kv_heads * (2 * shape.head_dim + 2 if fp8 else 4 * shape.head_dim)
+        auto = paged_decode.choose_config(len(contexts), shape.num_kv_heads, shape.head_dim, max(contexts), 2, 132, fp8=fp8)
         configs = [auto]
         if sweep and what in SWEPT_DECODE_CASES:
             tiles = [(64, 4, 3), (64, 4, 5), (64, 2, 5), (32, 2, 5), (32, 2, 7), (32, 1, 5), (128, 8, 5)]
+            tiles += [(32, 4, 5), (32, 4, 7), (64, 8, 4), (64, 8, 6)] if fp8 else []
             splits = [1, 2] if len(contexts) > 64 else [1, 2, 4, 8] if len(contexts) > 1 else [8, 16, 32, 64]
             configs += [paged_decode.DecodeConfig(n, s, w, g) for (n, w, g), s in itertools.product(tiles, splits)]
 
@@ -116,7 +123,7 @@ def time_decode(bench: Bench, sweep: bool) -> Iterator[Row]:
             return lambda: paged_decode.paged_decode(*inputs, config)
 
         yield from _tried(
-            [(f"decode {name} {what} {_short(c)}", [run(c)]) for c in configs],
+            [(f"{'fp8 ' if fp8 else ''}decode {name} {what} {_short(c)}", [run(c)]) for c in configs],
             lambda title, runs: bench.moved(title, runs, num_bytes),
             keep=6,
         )
@@ -302,6 +309,7 @@ def _attempt(run: Callable[[], Any]) -> None:
 
 TIMES: dict[str, Callable[[Bench, bool], Iterator[Row]]] = {
     "decode": time_decode,
+    "fp8_decode": time_fp8_decode,
     "prefill": time_prefill,
     "elementwise": time_elementwise,
     "step": time_step,
