@@ -144,6 +144,7 @@ class Recorder:
         """A request was admitted: demand, in tokens."""
         self._cells.admitted_prompt.value += num_prompt_tokens
         self._cells.admitted_max.value += max_tokens
+        self._forecast.on_admitted(num_prompt_tokens)
         self._history.on_admitted(self.clock.monotonic(), num_prompt_tokens, max_tokens, self._forecast.expected_output(max_tokens))
 
     def on_rejected(self, code: str) -> None:
@@ -290,7 +291,7 @@ class Recorder:
         """What a request that arrived at `now` would wait for its first token; see QueueForecast."""
         window = self._history.stats(self._settings.fast_window_seconds, now)
         max_num_seqs = getattr(self._engine.ready, "max_num_seqs", None) if self._engine is not None else None
-        return self._forecast.ttft_seconds(self.stats, self.queue(now)[2], max_num_seqs, window.num_requests / window.seconds)
+        return self._forecast.ttft_seconds(self.stats, self.queue(now)[2], max_num_seqs, window)
 
     # Inside
 

@@ -81,4 +81,6 @@ class RequestMeter:
         if record.max_tokens is not None:
             cells.request_max.observe(record.max_tokens)
         if record.finish_reason in ("stop", "length", "tool_calls"):
-            self._forecast.on_request(record.num_prompt_tokens, record.num_generated_tokens)
+            states = record.states
+            in_batch = sum(states.get(state, 0.0) for state in (LedgerState.PREFILL, LedgerState.PREFILL_WAIT, LedgerState.DECODE))
+            self._forecast.on_request(record.num_prompt_tokens, record.num_generated_tokens, in_batch)

@@ -32,6 +32,7 @@ class StepMeter:
         cells.kv_evicted.value += stats.num_evicted_blocks
         if stats.block_ends is not None:
             self._on_block_ends(stats.block_ends)
+        self._forecast.on_report()
         if stats.num_prefill_tokens or stats.prefix_query_tokens:
             self._forecast.on_step(stats)
         work = self._on_work(stats) if stats.num_sequences else (0.0, 0.0, 0.0)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 
 from appliance.clock import ManualClock
 from appliance.events import EngineEvent, RequestRecord, StepStats
 from appliance.metrics.forecast import QueueForecast
 from appliance.metrics.recorder import Recorder
+from appliance.metrics.window import History
 
 MakeStats = Callable[..., StepStats]
 
@@ -21,13 +23,14 @@ def _prefill(make_stats: MakeStats, **changes: object) -> StepStats:
 
 
 def _predict(forecast: QueueForecast, stats: StepStats, *, ends_per_second: float = 0.0, max_num_seqs: int = 64, age: float = 0.0) -> float:
-    return forecast.ttft_seconds(stats, age, max_num_seqs, ends_per_second)
+    ends = msgspec.structs.replace(History(30.0, 0.0).stats(30.0, 100.0), seconds=30.0, num_requests=round(30 * ends_per_second))
+    return forecast.ttft_seconds(stats, age, max_num_seqs, ends)
 
 
 def test_the_backlog_over_the_measured_rate(make_stats: MakeStats) -> None:
     """At 5,000 tokens/s a backlog of 10,000 tokens and a usual prompt of 500 are 2.1 s."""
     forecast = QueueForecast()
-    forecast.on_request(500, 20)
+    forecast.on_request(500, 20, 2.0)
     for _ in range(20):
         forecast.on_step(_prefill(make_stats))
     assert forecast.prefill_tokens_per_second == pytest.approx(5000)
@@ -48,9 +51,34 @@ def test_a_full_batch_is_left_at_the_rate_of_ends(make_stats: MakeStats) -> None
     forecast.on_step(_prefill(make_stats))
     full = _prefill(make_stats, num_running=64, num_waiting=9, num_backlog_tokens=100)
     assert _predict(forecast, full, ends_per_second=2.0) == pytest.approx(5.0)
+    between = _prefill(make_stats, num_running=62, num_waiting=11, num_backlog_tokens=100)  # two have just ended and two are about to be let in
+    assert _predict(forecast, between, ends_per_second=2.0) == pytest.approx(5.0)
+    roomy = _prefill(make_stats, num_running=30, num_waiting=9, num_backlog_tokens=100)
+    assert _predict(forecast, roomy, ends_per_second=2.0) == pytest.approx(100 / 5000)
     blocked = _prefill(make_stats, num_running=10, num_waiting=9, num_backlog_tokens=100, num_prefill_tokens=0)  # no room in the KV pool
     assert _predict(forecast, blocked, ends_per_second=2.0) == pytest.approx(5.0)
     assert _predict(forecast, blocked, age=7.0) == pytest.approx(7.0)  # nothing has ended yet
+
+
+def test_a_few_ends_are_no_rate(make_stats: MakeStats) -> None:
+    """Before enough have ended, 64 that each take 8 s free eight places a second: the tenth in the queue waits 1.25 s."""
+    forecast = QueueForecast()
+    forecast.on_step(_prefill(make_stats))
+    forecast.on_request(0, 20, 8.0)
+    full = _prefill(make_stats, num_running=64, num_waiting=9, num_backlog_tokens=100)
+    assert _predict(forecast, full, ends_per_second=0.1) == pytest.approx(1.25)
+
+
+def test_what_the_engine_has_not_heard_of_counts(make_stats: MakeStats) -> None:
+    """Requests let in while a step runs are ahead of the next one, until the engine's report has them."""
+    forecast = QueueForecast()
+    forecast.on_step(_prefill(make_stats))
+    for _ in range(10):
+        forecast.on_admitted(500)
+    idle = _prefill(make_stats, num_backlog_tokens=0, num_running=0)
+    assert _predict(forecast, idle) == pytest.approx(1.0)
+    forecast.on_report()
+    assert _predict(forecast, idle) == 0
 
 
 def test_the_rate_follows_the_recent_past(make_stats: MakeStats) -> None:
@@ -75,7 +103,7 @@ def test_before_anything_was_measured_the_queue_speaks(recorder: Recorder, engin
 def test_a_simulated_queue_waits_as_predicted(make_stats: MakeStats) -> None:
     """First come, first served at 4,000 tokens/s: what is predicted at arrival is within a step of what the request then waits."""
     forecast, step_tokens, rate = QueueForecast(), 400, 4000.0
-    forecast.on_request(300, 20)
+    forecast.on_request(300, 20, 2.0)
     arrivals = [(0.02 * number, 300) for number in range(100)]
     predicted: list[float] = []
     actual: list[float] = []
