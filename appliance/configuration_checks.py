@@ -104,6 +104,12 @@ def _kept_signals(settings: Settings) -> _Found:
         )
 
 
+def _measured_signals(settings: Settings) -> _Found:
+    mode = settings.scaling.mode
+    if mode in ("approve", "act") and not settings.metrics.enabled:
+        yield "scaling.mode", f"`off` or `advise` while metrics.enabled is false: with `{mode}`, signals are asked for that nothing could decide"
+
+
 def _store_url(settings: Settings) -> _Found:
     url = settings.store.url
     if url is not None and url.get_secret_value().partition("://")[0] not in STORE_SCHEMES:
@@ -137,5 +143,6 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[[Settings], _Found]], ...] = (
     (("scaling.webhook_secret",), _webhook_secret),
     (("scaling.mode", "scaling.webhook_urls", "scaling.webhook_secret"), _signed_delivery),
     (("scaling.mode", "store.enabled"), _kept_signals),
+    (("scaling.mode", "metrics.enabled"), _measured_signals),
     (("store.url",), _store_url),
 )

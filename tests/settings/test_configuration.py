@@ -226,6 +226,16 @@ def test_signals_need_the_store() -> None:
         assert load([], ready | {"APPLIANCE_SCALING__MODE": mode}).settings.scaling.mode == mode
 
 
+def test_signals_need_measurements() -> None:
+    """Without metrics there is no policy loop: a mode that promises signals is a mistake, the default one is not."""
+    ready = {"APPLIANCE_METRICS__ENABLED": "false", "APPLIANCE_SCALING__WEBHOOK_URLS": "http://h/x", "APPLIANCE_SCALING__WEBHOOK_SECRET": SECRET}
+    for mode in ("act", "approve"):
+        found = problems(environ=ready | {"APPLIANCE_SCALING__MODE": mode})
+        assert list(found) == ["scaling.mode"]
+        assert "metrics.enabled" in found["scaling.mode"].allowed
+    assert load([], ready).settings.scaling.mode == "advise"
+
+
 def test_a_check_is_silent_where_its_setting_is_already_wrong() -> None:
     """A value out of range is one problem, not also a broken relation with the default that stands in for it."""
     found = problems(environ={"APPLIANCE_SCALING__MAX_REPLICAS": "0", "APPLIANCE_SCALING__MIN_REPLICAS": "9"})
