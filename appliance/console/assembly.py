@@ -57,6 +57,7 @@ def make_console(
         scaling_mode=settings.scaling.mode,
         sample_seconds=settings.metrics.sample_seconds,
         retention_days=settings.store.retention_days,
+        metrics_enabled=settings.metrics.enabled,
     )
     pages = Pages(load_assets(), title=model_name)
     login = None

@@ -78,6 +78,7 @@ class LiveFeed:
             "num_running": snapshot.num_running,
             "num_waiting": snapshot.num_waiting,
             "oldest_waiting_age_seconds": snapshot.oldest_waiting_age_seconds,
+            "predicted_ttft_seconds": self._recorder.predicted_ttft_seconds(snapshot.at),
             "sample": None if sampler is None else sampler.take(hardware),
             "hardware": None if hardware is None else _hardware_json(hardware),
             "scaling": self._scaling(),

@@ -47,6 +47,7 @@ class About:
     scaling_mode: str
     sample_seconds: float
     retention_days: int
+    metrics_enabled: bool
 
 
 class Console:

@@ -9,16 +9,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from aiohttp import ClientSession
 from console_server import INSTANCE, ConsoleServer, FakeEngine, console_server, work
 from sqlalchemy import text
 
+from appliance.clock import ManualClock
 from appliance.console import live
 from appliance.engine.wire import Heartbeat
 from appliance.errors import Unavailable
 from appliance.events import Sample
+from appliance.metrics.goodput import Slo
 from appliance.metrics.sampler import Sampler
+from appliance.metrics.silent import SilentRecorder
 from appliance.store.database import Database
 
 
@@ -51,6 +55,7 @@ async def test_a_frame_holds_the_machine_now(server: ConsoleServer) -> None:
     assert frame["hardware"]["gpus"][0]["name"].startswith("NVIDIA")
     assert frame["scaling"]["desired_replicas"] == 2
     assert frame["sample"] is None
+    assert frame["predicted_ttft_seconds"] >= 0.0
 
 
 async def test_the_live_stream_measures_each_period(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,3 +283,16 @@ async def test_a_starting_engine_tells_its_phase(tmp_path: Path) -> None:
     assert told["heartbeat"]["phase"] == "load"
     assert told["heartbeat"]["progress"] == 0.42
     assert 5.0 <= told["heartbeat"]["phase_seconds"] < 60.0
+
+
+def test_with_metrics_off_a_frame_still_comes() -> None:
+    """A recorder that measures nothing gives frames without data, not errors."""
+    clock = ManualClock()
+    recorder = SilentRecorder(clock=clock, slo=Slo(0.5, 0.03))
+    feed = live.LiveFeed(recorder, FakeEngine(), clock=clock)
+    sampler = Sampler(recorder)
+    clock.advance(1.0)
+    frame = json.loads(msgspec.json.encode(feed.frame(sampler)))
+    assert frame["engine"]["state"] == "ready"
+    assert frame["fast"]["goodput"] is None
+    assert frame["sample"]["num_generated_tokens"] == 0

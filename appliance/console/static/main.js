@@ -66,6 +66,7 @@ async function start() {
     setText($("state"), "no connection");
     $("state").dataset.state = "away";
   });
+  if (!about.metrics_enabled) problem({ message: "metrics.enabled is off: nothing is measured, and the charts stay empty." });
   document.documentElement.dataset.started = "yes";
 }
 

@@ -31,7 +31,7 @@ function showTiles(frame, about) {
     ["Output tokens/s", number(fast.output_tokens_per_second), span, ""],
     ["First token, p95", seconds(fast.ttft_p95_seconds), ...judge(fast.ttft_p95_seconds, about.ttft_slo_seconds)],
     ["Per token, p95", seconds(fast.tpot_p95_seconds), ...judge(fast.tpot_p95_seconds, about.tpot_slo_seconds)],
-    ["Running/waiting", `${frame.num_running} / ${frame.num_waiting}`, frame.num_waiting ? `oldest waits ${seconds(frame.oldest_waiting_age_seconds)}` : "nobody waits", ""],
+    ["Running/waiting", `${frame.num_running} / ${frame.num_waiting}`, queue(frame), ""],
     ["KV cache", percent(kv), kv === null || kv === undefined ? "no step yet" : `waste ${percent(sample.kv_waste)}`, kv > 0.95 ? "bad" : ""],
     watts !== null && watts !== undefined
       ? ["Power", `${number(watts)} W`, perToken === null ? "idle" : `${number(perToken)} J per token`, ""]
@@ -55,6 +55,12 @@ function showTiles(frame, about) {
 function judge(value, limit) {
   if (value === null || value <= limit) return [`promised ${seconds(limit)}`, value === null ? "" : "good"];
   return [`over the ${seconds(limit)} promised`, "bad"];
+}
+
+/** How long those in the queue wait, and what one more would. */
+function queue(frame) {
+  const next = frame.predicted_ttft_seconds > 0 ? `; the next about ${seconds(frame.predicted_ttft_seconds)}` : "";
+  return frame.num_waiting ? `oldest waits ${seconds(frame.oldest_waiting_age_seconds)}${next}` : `nobody waits${next}`;
 }
 
 /** Why users wait, in a few words. */
