@@ -18,14 +18,3 @@ export function h(tag, attributes = {}, ...children) {
 export function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
-
-/** A table of `columns` [{label, class, cell(row)}] over `rows`, in a box of its own that scrolls where the screen is narrow. */
-export function table(caption, columns, rows) {
-  const head = h("tr", {}, columns.map((column) => h("th", { scope: "col", class: column.class }, column.label)));
-  const body = rows.map((row) => h("tr", {}, columns.map((column) => h("td", { class: column.class }, column.cell(row)))));
-  return h(
-    "div",
-    { class: "scroll", tabindex: "0", role: "region", "aria-label": caption },
-    h("table", {}, h("caption", { class: "hidden" }, caption), h("thead", {}, head), h("tbody", {}, body)),
-  );
-}
