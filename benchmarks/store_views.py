@@ -191,9 +191,10 @@ def views() -> dict[str, View]:
     prices = Prices(prompt_per_million=1.0, output_per_million=4.0)
 
     async def page(session: AsyncSession, generator: random.Random, **where: Any) -> None:
-        """A page of the console's list, from a random instant on."""
-        where = {"until_wall": NOW - generator.random() * MONTH} | where
-        await queries.find_requests(session, RequestFilter(**where), limit=100)
+        """A page of the console's list: the first, or one that goes on from a random instant."""
+        at_wall = NOW - generator.random() * MONTH
+        cursor = queries._cursor(at_wall, "f") if generator.random() < 0.7 else None
+        await queries.find_requests(session, RequestFilter(since_wall=NOW - MONTH, until_wall=NOW, **where), limit=100, cursor=cursor)
 
     async def by_id(session: AsyncSession, generator: random.Random) -> None:
         (found,) = await queries.request_by_id(session, f"client-{generator.randrange(100_000) * 3}")
@@ -225,7 +226,7 @@ def views() -> dict[str, View]:
         "failed requests": request_list(failed=True),
         "failed requests of a key": request_list(failed=True, key_id=_KEYS[0]),
         "requests by a rare endpoint": request_list(endpoint="/v1/embeddings"),
-        "requests of an unknown model": request_list(model="none", until_wall=NOW),
+        "requests of an unknown model": request_list(model="none"),
         "requests over 20 s": request_list(min_duration_seconds=20.0),
         "requests beyond the SLO": request_list(good=False),
         "sample_history, hour": lambda session, g: history(session, g, 1 / 24),

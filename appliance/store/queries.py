@@ -82,16 +82,22 @@ async def find_requests(session: AsyncSession, where: RequestFilter = _EVERYTHIN
     limit = max(1, min(limit, MAX_LIMIT))
     c = _LEDGER.c
     indexed, filters = _conditions(where)
-    if cursor is not None:
+    until_wall, rest = where.until_wall, []
+    # One condition for each end of the time range: of two, SQLite searches the index by either.
+    if cursor is not None and (until_wall is None or _read_cursor(cursor)[0] < until_wall):
         at_wall, last_id = _read_cursor(cursor)
-        indexed.append(and_(c.received_wall <= at_wall, or_(c.received_wall < at_wall, c.id < last_id)))
+        indexed.append(c.received_wall <= at_wall if last_id else c.received_wall < at_wall)
+        rest = [or_(c.received_wall < at_wall, c.id < last_id)] if last_id else []
+    elif until_wall is not None:
+        indexed.append(c.received_wall < until_wall)
+    since = [] if where.since_wall is None else [c.received_wall >= where.since_wall]
     newest = (c.received_wall.desc(), c.id.desc())
     # The farthest row that this page may look at, found in the index alone.
     num_rows = _SCAN_ROWS if where.key_id is None else _SCAN_ROWS_OF_KEY
-    farthest = select(c.received_wall).where(*indexed).order_by(c.received_wall.desc()).offset(num_rows - 1).limit(1)
+    farthest = select(c.received_wall).where(*indexed, *since).order_by(c.received_wall.desc()).offset(num_rows - 1).limit(1)
     edge = (await session.execute(farthest)).scalar() if filters else None
-    bounded = [] if edge is None else [c.received_wall >= edge]
-    query = select(_LEDGER).where(*indexed, *bounded, *filters).order_by(*newest).limit(limit + 1)
+    since = since if edge is None else [c.received_wall >= edge]
+    query = select(_LEDGER).where(*indexed, *since, *rest, *filters).order_by(*newest).limit(limit + 1)
     rows = (await session.execute(query)).mappings().all()
     found = tuple(_stored_request(dict(row)) for row in rows[:limit])
     if len(rows) > limit:
@@ -181,13 +187,9 @@ async def engine_events(
 
 
 def _conditions(where: RequestFilter) -> tuple[list[ColumnElement[bool]], list[ColumnElement[bool]]]:
-    """Conditions that bound the walk along an index (its time, key or failures), and those that rows on the way are tested for."""
+    """Conditions that choose the index to walk along (times, those of a key, those of failures), and those that rows on the way are tested for."""
     c = _LEDGER.c
     indexed: list[ColumnElement[bool]] = []
-    if where.since_wall is not None:
-        indexed.append(c.received_wall >= where.since_wall)
-    if where.until_wall is not None:
-        indexed.append(c.received_wall < where.until_wall)
     names = ("model", "instance_id", "fleet", "endpoint", "status", "finish_reason")
     filters = [c[name] == getattr(where, name) for name in names if getattr(where, name) is not None]
     failed = where.failed or (where.status is not None and where.status >= 400)

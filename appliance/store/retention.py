@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from dataclasses import dataclass
-from typing import Any
 
 from sqlalchemy import ColumnElement, Table, and_, delete, exists, not_, select
 from sqlalchemy.orm import aliased
@@ -17,7 +15,7 @@ from appliance.store.rollup import HOUR_SECONDS, MINUTE_SECONDS
 from appliance.store.tables import Base, OutboxRow, ScaleDecisionRow
 
 _DAY_SECONDS = 86400.0
-_FIRST_BATCH, _MIN_BATCH, _MAX_BATCH = 100, 10, 1000  # rows of one transaction
+_FIRST_BATCH, _MIN_BATCH, _MAX_BATCH = 100, 50, 200  # rows of one transaction; below the least its overhead is most of it
 _HOLD_SECONDS = 0.01  # of the write lock that a batch aims at; a fifth of what the writer may be made to wait
 _TABLES = Base.metadata.tables
 
@@ -80,14 +78,9 @@ async def _purge_table(database: Database, table: Table, at: str, before_wall: f
             found = (await session.execute(times)).scalars().all()
         if not found:
             return num_deleted
-        statement = delete(table).where(doomed, time_column <= found[-1])  # rows of one instant go together
-        started = time.perf_counter()
-        num_deleted += await _delete(database, statement)
-        held = time.perf_counter() - started
-        batch = max(_MIN_BATCH, min(_MAX_BATCH, int(batch * min(2.0, _HOLD_SECONDS / held))))
-        await asyncio.sleep(held)  # let the writer in
-
-
-async def _delete(database: Database, statement: Any) -> int:
-    async with database.connection() as connection:
-        return int((await connection.execute(statement)).rowcount)
+        # Rows of one instant go together. The time has one bound, or SQLite may search the index by the other: 250 ms for 50 rows of a million.
+        statement = delete(table).where(time_column <= found[-1], *conditions)
+        num_rows, seconds = await database.execute_briefly(statement)
+        num_deleted += num_rows
+        batch = max(_MIN_BATCH, min(_MAX_BATCH, int(batch * min(2.0, _HOLD_SECONDS / seconds))))
+        await asyncio.sleep(seconds)  # let the writer in

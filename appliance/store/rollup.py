@@ -34,8 +34,7 @@ async def roll_up(database: Database, *, since_wall: float = 0.0) -> int:
         start = since_wall // resolution * resolution
         for span in _spans(await _stale(database, resolution, start), resolution):
             rows = await _aggregate(database, resolution, *span)
-            async with database.connection() as connection:
-                await connection.execute(_upsert(database.dialect), rows)
+            await database.execute_briefly(_upsert(database.dialect), rows)
             num_written += len(rows)
             await asyncio.sleep(_PAUSE_SECONDS)
     return num_written
