@@ -119,7 +119,9 @@ class Child:
         if not self.exited.done():
             return "does not end"
         code = self.exited.result()
-        how = f"exit code {code}" if code >= 0 else f"killed by {_signal_name(-code)}"
+        if code == 0:
+            return "exit code 0"
+        how = f"exit code {code}" if code > 0 else f"killed by {_signal_name(-code)}"
         return f"{how}; its last words: {line}" if (line := self.last_line()) else how
 
     async def end(self, grace_seconds: float, kill_seconds: float = 30.0) -> bool:

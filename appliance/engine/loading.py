@@ -145,7 +145,9 @@ def build_engine(start: Start, phase: PhaseReporter, announce: Callable[[Events]
         weight_bytes=decoder.weight_bytes,
         kv_bytes_per_token=kv_bytes_per_token,
         load_seconds=time.monotonic() - started,
-        reasons=sizes.reasons,
+        reasons=sizes.reasons
+        if device.type == "cuda"
+        else (*sizes.reasons, _resident_memory(sizes.num_blocks * start.block_size * kv_bytes_per_token)),
         kv_dtype=str(kv_dtype).removeprefix("torch."),
         prefix_caching=start.prefix_caching,
         costs=costs,
@@ -170,6 +172,23 @@ def _load_interim(start: Start, ops: kernel_ops.Ops, dtype: torch.dtype, progres
     quantized = start.quantization in ("int8", "int4") or (start.quantization == "auto" and start.model_path.endswith(".gguf"))
     dtype = torch.bfloat16 if quantized and start.dtype == "auto" and _has_fast_bf16() else dtype
     return load_model(start.model_path, ops=ops, device=torch.device("cpu"), dtype=dtype, quantization="none", progress=progress, seed=start.seed)
+
+
+def _resident_memory(kv_bytes: int) -> str:
+    """What both processes take now, in words. Pages of the KV cache are taken as they are written, so those still come."""
+    engine, server = pss_bytes("self"), pss_bytes(str(os.getppid()))
+    return (
+        f"memory (PSS): engine {engine / 1e6:.0f} MB and server {server / 1e6:.0f} MB now, up to {kv_bytes / 1e6:.0f} MB more as the KV cache fills"
+    )
+
+
+def pss_bytes(process: str) -> int:
+    """Proportional set size of a process by its folder in /proc; 0 where it cannot be read."""
+    try:
+        text = Path(f"/proc/{process}/smaps_rollup").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("Pss:")), 0)
 
 
 def copy_limit(start: Start) -> int:
