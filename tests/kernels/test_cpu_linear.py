@@ -64,13 +64,13 @@ def error(actual: Tensor, expected: Tensor) -> float:
 def gguf(kind: str, num_rows: int, in_features: int, seed: int = 0) -> k.GgufTensor:
     """A random weight as a GGUF file would hold it; K quants from random bytes with small scales."""
     generator = np.random.default_rng(seed)
-    if kind in ("Q4_0", "Q4_1", "Q8_0", "Q5_0"):
+    if not kind.endswith("_K"):
         data = quantize(generator.standard_normal((num_rows, in_features)).astype(np.float32), GGMLQuantizationType[kind])
     else:
-        size = {"Q4_K": 144, "Q6_K": 210}[kind]
+        size = {"Q4_K": 144, "Q5_K": 176, "Q6_K": 210}[kind]
         blocks = generator.integers(0, 256, (num_rows * in_features // 256, size), dtype=np.uint8)
         halves = generator.uniform(0.001, 0.01, (len(blocks), 2)).astype(np.float16).view(np.uint8)
-        if kind == "Q4_K":
+        if kind != "Q6_K":
             blocks[:, 0:4] = halves
         else:
             blocks[:, 208:210] = halves[:, :2]
@@ -95,7 +95,10 @@ def quantized_activations(x: Tensor) -> Tensor:
     return result.reshape(x.shape)
 
 
-@pytest.mark.parametrize(("kind", "weight_error"), [("Q4_0", 1e-5), ("Q4_1", 1e-5), ("Q8_0", 1e-5), ("Q4_K", 5e-4), ("Q5_0", 1e-5), ("Q6_K", 7e-3)])
+@pytest.mark.parametrize(
+    ("kind", "weight_error"),
+    [("Q4_0", 1e-5), ("Q4_1", 1e-5), ("Q8_0", 1e-5), ("Q4_K", 5e-4), ("Q5_0", 1e-5), ("Q5_1", 7e-3), ("Q5_K", 7e-3), ("Q6_K", 7e-3)],
+)
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 7, 16, 33, 70])
 def test_gguf_layers_keep_the_files_precision(ops: CpuOps, kind: str, weight_error: float, num_tokens: int) -> None:
     """A small step errs by next to nothing, a large one by its activations' int8 alone; kinds without a packed twin by their stated share besides."""
