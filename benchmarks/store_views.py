@@ -139,7 +139,7 @@ def _samples(generator: random.Random) -> Iterator[dict[str, Any]]:
     names = [column.name for column in _TABLES["samples"].columns if column.name not in ("instance_id", "fleet", "at_wall", "engine_state")]
     for index in range(int(7 * DAY / 10)):
         base = {"instance_id": "node-1", "fleet": "default", "at_wall": NOW - 7 * DAY + 10 * index, "engine_state": "ready"}
-        yield base | dict.fromkeys(names, generator.randint(1, 100))
+        yield dict.fromkeys(names, generator.randint(1, 100)) | base | {"period_seconds": 10.0}
 
 
 def _sample_rollups(resolution: int, days: int, generator: random.Random) -> Iterator[dict[str, Any]]:

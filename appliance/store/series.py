@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any, Literal
 
-from sqlalchemy import Select, select
+from sqlalchemy import Select, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from appliance.store.results import SampleHistory, SampleSeries
@@ -53,9 +53,9 @@ async def _choose(session: AsyncSession, since_wall: float, until_wall: float, m
     """The finest that has few enough points and holds all that the next coarser one holds since `since_wall`."""
     samples, rollup = _SAMPLES.c, _ROLLUP.c
     seconds = until_wall - since_wall
-    newest = select(samples.period_seconds).where(samples.at_wall < until_wall).order_by(samples.at_wall.desc()).limit(1)
-    period = (await session.execute(newest)).scalar()
-    if period and seconds / period <= max_points:
+    newest = select(samples.instance_id).where(samples.at_wall >= since_wall, samples.at_wall < until_wall).order_by(samples.at_wall.desc()).limit(1)
+    instance_id = (await session.execute(newest)).scalar()
+    if instance_id is not None and await _num_samples(session, instance_id, since_wall, until_wall, max_points + 1) <= max_points:
         oldest = (await session.execute(select(samples.at_wall).order_by(samples.at_wall).limit(1))).scalar_one()
         if not await _has_rollup(session, 60, since_wall, oldest - 60):
             return 10
@@ -65,6 +65,12 @@ async def _choose(session: AsyncSession, since_wall: float, until_wall: float, m
         if oldest is not None and not await _has_rollup(session, 3600, since_wall, oldest - 3600):
             return 60
     return 3600
+
+
+async def _num_samples(session: AsyncSession, instance_id: str, since_wall: float, until_wall: float, at_most: int) -> int:
+    c = _SAMPLES.c
+    some = select(c.at_wall).where(c.instance_id == instance_id, c.at_wall >= since_wall, c.at_wall < until_wall).limit(at_most).subquery()
+    return (await session.execute(select(func.count()).select_from(some))).scalar_one()
 
 
 async def _has_rollup(session: AsyncSession, resolution_seconds: int, since_wall: float, until_wall: float) -> bool:
