@@ -115,31 +115,28 @@ async def test_requests_page_by_key(database: Database, writer: StoreWriter, mak
     assert ids == sorted((make_record(index).id for index in range(10)), reverse=True)
 
 
-@pytest.mark.parametrize(
-    ("where", "expected"),
-    [
-        ({"key_id": "key1"}, [10, 7, 4, 1]),
-        ({"since_wall": WALL + 3, "until_wall": WALL + 5}, [4, 3]),
-        ({"failed": True}, [8, 6, 3]),
-        ({"failed": False, "key_id": "key0"}, [9, 0]),
-        ({"failed": True, "key_id": "key0"}, [6, 3]),
-        ({"status": 503}, [3]),
-        ({"status": 200, "min_duration_seconds": 5.0}, [7]),
-        ({"good": True, "model": "other"}, [2]),
-        ({"good": False}, [6, 5, 3]),
-        ({"finish_reason": "length"}, [4]),
-        ({"endpoint": "/v1/completions"}, [1]),
-        ({"instance_id": "node-2"}, []),
-        ({"fleet": "blue", "since_wall": WALL + 10}, [10]),
-    ],
-)
+FILTERS: list[tuple[dict[str, Any], list[int]]] = [
+    ({"key_id": "key1"}, [10, 7, 4, 1]),
+    ({"since_wall": WALL + 3, "until_wall": WALL + 5}, [4, 3]),
+    ({"failed": True}, [8, 6, 3]),
+    ({"failed": False, "key_id": "key0"}, [9, 0]),
+    ({"failed": True, "key_id": "key0"}, [6, 3]),
+    ({"status": 503}, [3]),
+    ({"status": 200, "min_duration_seconds": 5.0}, [7]),
+    ({"good": True, "model": "other"}, [2]),
+    ({"good": False}, [6, 5, 3]),
+    ({"finish_reason": "length"}, [4]),
+    ({"endpoint": "/v1/completions"}, [1]),
+    ({"instance_id": "node-2"}, []),
+    ({"fleet": "blue", "since_wall": WALL + 10}, [10]),
+]
+
+
 async def test_requests_are_filtered(
     database: Database,
     writer: StoreWriter,
     make_record: Record,
     monkeypatch: pytest.MonkeyPatch,
-    where: dict[str, Any],
-    expected: list[int],
 ) -> None:
     """Each condition alone and with others; pages that may look at three rows only still find everything, some of them empty."""
     changes: dict[int, dict[str, Any]] = {
@@ -155,11 +152,13 @@ async def test_requests_are_filtered(
     for index in range(11):
         writer.put_request(make_record(index, **changes.get(index, {})))
     await writer.flush()
-    assert await _pages(database, RequestFilter(**where), 100) == [expected]
+    for where, expected in FILTERS:
+        assert await _pages(database, RequestFilter(**where), 100) == [expected], where
     monkeypatch.setattr(queries, "_SCAN_ROWS", 3)
     monkeypatch.setattr(queries, "_SCAN_ROWS_OF_KEY", 2)
-    pages = await _pages(database, RequestFilter(**where), 2)
-    assert [second for page in pages for second in page] == expected
+    for where, expected in FILTERS:
+        pages = await _pages(database, RequestFilter(**where), 2)
+        assert [second for page in pages for second in page] == expected, where
 
 
 async def test_a_request_is_found_by_either_id(database: Database, writer: StoreWriter, make_record: Record) -> None:
