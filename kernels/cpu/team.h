@@ -28,7 +28,8 @@ class Team {
     }
   }
 
-  // Waits for the whole team: some microseconds of spinning (a phase is that short), then the core is offered to whoever wants it.
+  // Waits for the whole team: a few microseconds of spinning, then the core is offered to whoever wants it, which may be a thread of this team that
+  // has none. Two threads on one core take 5.8 ms for a token so and 18 with 2,000 spins (one thread: 4.2); with a core each there is no difference.
   void barrier() {
     if (size == 1) return;
     int generation = generation_.load(std::memory_order_relaxed);
@@ -48,7 +49,7 @@ class Team {
   int piece(int count, int per_thread) const { return std::max(1, count / (size * per_thread)); }
 
  private:
-  static constexpr int kSpins = 2000;
+  static constexpr int kSpins = 100;
   alignas(64) std::atomic<int> next_{0};
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<int> generation_{0};
