@@ -39,7 +39,7 @@ async def test_an_engine_starts_serves_and_stops(tmp_path: Path) -> None:
         assert (collected.token_ids, collected.finish_reason) == (tokens_of(1, 10), "length")
         assert h.engine.heartbeat is not None
         assert sum(count for _, count in h.observer.gaps) == 9
-        assert all(seconds > 0 for seconds, _ in h.observer.gaps)
+        assert all(seconds >= 0 for seconds, _ in h.observer.gaps)  # steps that are read together arrive in one instant
         assert h.observer.num_steps >= 10
         assert h.stderr == b"hello from the engine\n"
     assert h.observer.kinds() == ["started", "ready", "stopped"]
