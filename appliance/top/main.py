@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -76,15 +78,23 @@ def run_top(arguments: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         print(f"appliance top: {error}", file=sys.stderr)
         return 2
-    console = Console()
+    console, stop = Console(), threading.Event()
+
+    def interrupt(*_: object) -> None:
+        stop.set()  # the exception alone may be lost: one that is raised while an object is finalised goes nowhere
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
         if arguments.once:
             return _once(watcher, console, arguments)
         if arguments.json or not console.is_terminal:
-            return _lines(watcher, console, arguments)
-        return _live(watcher, console, arguments.interval)
+            return _lines(watcher, console, arguments, stop)
+        return _live(watcher, console, arguments.interval, stop)
     except KeyboardInterrupt:
         return 0
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _once(watcher: Watcher, console: Console, arguments: argparse.Namespace) -> int:
@@ -99,12 +109,13 @@ def _once(watcher: Watcher, console: Console, arguments: argparse.Namespace) -> 
     return 0
 
 
-def _lines(watcher: Watcher, console: Console, arguments: argparse.Namespace) -> int:
+def _lines(watcher: Watcher, console: Console, arguments: argparse.Namespace, stop: threading.Event) -> int:
     """One report an interval, for scripts and pipes."""
-    while True:
+    while not stop.is_set():
         watcher.look(with_rows=not arguments.json)
         _print(watcher, console, as_json=arguments.json)
         time.sleep(arguments.interval)
+    return 0
 
 
 def _print(watcher: Watcher, console: Console, *, as_json: bool) -> None:
@@ -122,14 +133,14 @@ def _sized(watcher: Watcher, console: Console, height: int) -> RenderableType:
     return watcher.draw(console)
 
 
-def _live(watcher: Watcher, console: Console, interval: float) -> int:
+def _live(watcher: Watcher, console: Console, interval: float, stop: threading.Event) -> int:
     """Draw on the terminal's other screen, which leaves the first as it was."""
     with Live(console=console, screen=True, auto_refresh=False, transient=True) as live:
-        while True:
+        while not stop.is_set():
             began = time.monotonic()
             watcher.look(with_rows=True)
             size = None
-            while True:
+            while not stop.is_set():
                 if size != console.size:
                     size = console.size
                     live.update(watcher.draw(console), refresh=True)
@@ -137,6 +148,7 @@ def _live(watcher: Watcher, console: Console, interval: float) -> int:
                 if left <= 0:
                     break
                 time.sleep(min(left, _RESIZE_SECONDS))
+    return 0
 
 
 def _speaks_unicode(console: Console) -> bool:
