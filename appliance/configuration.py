@@ -20,8 +20,8 @@ from appliance.webhook_urls import printable
 
 ENV_PREFIX = "APPLIANCE_"
 CONFIG_VARIABLE = "APPLIANCE_CONFIG"
-# Variables of ours that are no settings: the file's path, and what the test suite reads.
-_OTHER_VARIABLES = (CONFIG_VARIABLE, "APPLIANCE_TEST_")
+# Variables of ours that are no settings: the file's path, what the CPU kernels' build reads (kernels/cpu/build.py), and what the test suite does.
+_OTHER_VARIABLES = (CONFIG_VARIABLE, "APPLIANCE_CACHE_DIR", "APPLIANCE_CPU_ARCHITECTURE", "APPLIANCE_TEST_")
 # systemd's LoadCredential= names -> the setting they fill. `path`: the setting is the file itself; else its content.
 _CREDENTIALS = {"api-keys": ("server.api_keys_file", True), "webhook-secret": ("scaling.webhook_secret", False), "store-url": ("store.url", False)}
 

@@ -108,7 +108,7 @@ def test_a_missing_file_is_a_problem(tmp_path: Path) -> None:
 
 def test_an_unknown_variable_is_refused_but_other_programs_are_left_alone() -> None:
     """APPLIANCE_ variables must be settings; the value is not echoed, since it may be a misspelt secret. Other variables are not ours."""
-    found = problems(environ={"APPLIANCE_SERVER__API_KEYY": "hunter2", "OTHER": "1", "APPLIANCE_TEST_STATE": "/x"})
+    found = problems(environ={"APPLIANCE_SERVER__API_KEYY": "hunter2", "OTHER": "1", "APPLIANCE_TEST_STATE": "/x", "APPLIANCE_CACHE_DIR": "/x"})
     assert list(found) == ["server.api_keyy"]
     assert "hunter2" not in str(found)
     assert "server.api_key?" in found["server.api_keyy"].allowed
