@@ -183,7 +183,7 @@ def test_every_request_has_its_status(run: Run) -> None:
             assert seen.status == seen.ask.expected_status or (seen.status == 503 and seen.ask.expected_status == 200), seen
         elif not seen.left:
             assert seen.status in (200, 503), seen
-    assert sum(seen.left for seen in run.seen) > 300
+    assert sum(seen.left for seen in run.seen) > 100  # a fast machine answers many before they leave
     assert statuses[("good", 503)] > 0, "the queue was never full"
     assert {status for _, status in statuses} >= {0, 200, 400, 401, 404, 503}
 

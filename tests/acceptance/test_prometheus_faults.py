@@ -146,7 +146,7 @@ async def _stays_quiet(trouble: Trouble) -> None:
 
 async def _saturation(trouble: Trouble) -> None:
     """More clients than places, with contexts that the pool cannot hold at once: latency, queue, pool, replicas, and a signal that nobody takes."""
-    async with _load(trouble, 24, 400, 0.0):
+    async with _load(trouble, 120, 400, 0.0):  # so many that the fastest machine has a queue of seconds
         await trouble.wait_firing(SATURATED, "saturation", 120)
     await trouble.wait_quiet({"ApplianceOldestWaiting", "AppliancePredictedTtft", "ApplianceKvNearlyFull"}, "the load is gone", 60)
 
