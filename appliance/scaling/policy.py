@@ -103,7 +103,10 @@ class PolicyState:
         """The fleet is now known to have (or to be starting) `replicas`."""
         if replicas == self.current_replicas:
             return self
-        return replace(self, current_replicas=replicas, changed_at=now, grew=replicas > self.current_replicas)
+        # A fleet that is smaller than was thought: what was remembered as wanted only because it was there was never wanted. What the load wants is
+        # judged anew at once.
+        wanted = tuple((at, min(number, replicas)) for at, number in self.wanted) if replicas < self.current_replicas else self.wanted
+        return replace(self, current_replicas=replicas, changed_at=now, grew=replicas > self.current_replicas, wanted=wanted)
 
     def without_decision(self, before: PolicyState) -> PolicyState:
         """This state as if its decision had not been taken (it could not be stored), with the history kept."""

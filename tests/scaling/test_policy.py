@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -177,6 +178,18 @@ def test_it_waits_for_a_replica_that_is_starting(make_snapshot: Make, make_windo
     for since, held in ((0.0, True), (149.0, True), (151.0, False)):
         answer, _ = policy().decide(view, settled(changed_at=NOW - since, grew=True), NOW)
         assert isinstance(answer, Hold) == held, since
+
+
+def test_a_corrected_number_of_replicas_is_no_demand(make_snapshot: Make, make_window: Make) -> None:
+    """Seven replicas reported by mistake and taken back a second later: an idle node asks for none of them, now or later."""
+    idle = make_snapshot(NOW, fast=make_window(), slow=make_window())
+    state = settled().with_current(7, NOW)
+    answer, state = policy().decide(idle, state, NOW + 1)
+    assert isinstance(answer, Hold)
+    state = state.with_current(1, NOW + 2)
+    for later in (2.5, 200.0, 400.0):
+        answer, state = policy().decide(msgspec.structs.replace(idle, at=NOW + later), state, NOW + later)
+        assert isinstance(answer, Hold) or answer.desired_replicas <= 1, answer
 
 
 def test_scale_in_needs_room_on_the_rest(make_snapshot: Make, make_window: Make) -> None:
