@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from urllib.parse import urlsplit
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from appliance.api.context import EXCHANGE, KEY_ID, REQUEST_ID, SERVICES, TRACE
 from appliance.api.error_reply import error_response
@@ -21,6 +22,7 @@ from appliance.errors import (
     MethodNotAllowed,
     NotFound,
     PayloadTooLarge,
+    PermissionDenied,
     Unavailable,
 )
 from appliance.logs import log_other_request, log_request
@@ -29,6 +31,7 @@ logger = logging.getLogger(__name__)
 _CLIENT_GONE = ClientGone.status
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 OPEN_ROUTES = frozenset({"/health", "/ready"})
 QUIET_ROUTES = OPEN_ROUTES | {"/metrics"}  # asked every few seconds, by probes and scrapers
 GENERATION_ROUTES = frozenset({"/v1/chat/completions", "/v1/completions"})
@@ -92,11 +95,11 @@ async def serve(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 
 async def add_request_id(request: web.Request, response: web.StreamResponse) -> None:
-    """Signal before headers go out: the echo of X-Request-Id, our place in the trace, and the end of the connection while draining."""
+    """Signal before headers go out: the echo of X-Request-Id, our place in the trace, and the end of a connection while draining or past repair."""
     response.headers["X-Request-Id"] = request.get(REQUEST_ID, "")
     if (trace := request.get(TRACE)) is not None and trace.context is not None:
         response.headers["traceresponse"] = trace.context.header
-    if request.app[SERVICES].drain.draining:
+    if request.app[SERVICES].drain.draining or request.content.exception() is not None:
         response.force_close()
         response.headers["Connection"] = "close"  # aiohttp wrote its own before this signal
 
@@ -143,6 +146,8 @@ def _authenticate(services: Services, request: web.Request) -> str:
     and unknown paths are closed. A browser may show a session cookie instead of a key, where its login says so.
     """
     route, browser = _route(request), services.browser_login
+    if not services.keys:
+        _refuse_other_pages(request)
     if not services.keys or route in OPEN_ROUTES or (browser is not None and route in browser.open_routes):
         return ""
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
@@ -155,6 +160,17 @@ def _authenticate(services: Services, request: web.Request) -> str:
     if name is None:
         raise AuthenticationFailed("the API key is not known")
     return name
+
+
+def _refuse_other_pages(request: web.Request) -> None:
+    """Where no key is asked for, a page from elsewhere must not act through the browser of somebody who may reach this server. It could not read the
+    answer, but it could cause one. Raises PermissionDenied; what is no browser sends neither header."""
+    site, origin = request.headers.get("Sec-Fetch-Site"), request.headers.get(hdrs.ORIGIN)
+    if request.method in _SAFE_METHODS or (site is None and origin is None):
+        return
+    own = site in ("same-origin", "none") if site is not None else urlsplit(origin or "").netloc.lower() == request.headers.get(hdrs.HOST, "").lower()
+    if not own:
+        raise PermissionDenied("a page of another origin may not ask this server for anything")
 
 
 def _invite(services: Services, request: web.Request) -> web.Response | None:

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 from sqlalchemy.exc import SQLAlchemyError
 
-from appliance.errors import ApplianceError, InvalidRequest, Unavailable
+from appliance.errors import ApplianceError, InvalidRequest, Unavailable, UnsupportedMediaType
 from appliance.scaling import adapters
 from appliance.scaling.loop import ScalingLoop
 
@@ -54,7 +54,7 @@ def add_scaling_routes(app: web.Application, loop: ScalingLoop, *, caller: Calla
 
     async def enable(request: web.Request) -> web.Response:
         url = (await _object(request)).get("url")
-        if not isinstance(url, str):
+        if not isinstance(url, str) or not url.isprintable() or any("\ud800" <= character <= "\udfff" for character in url):
             raise InvalidRequest(f"url is {url!r}; the URL of an endpoint is expected", param="url")
         try:
             return web.json_response({"enabled": await loop.enable_endpoint(url)})
@@ -71,6 +71,8 @@ def add_scaling_routes(app: web.Application, loop: ScalingLoop, *, caller: Calla
 
 
 async def _object(request: web.Request) -> dict[str, object]:
+    if "Content-Type" in request.headers and request.content_type != "application/json":
+        raise UnsupportedMediaType(f"the body must be application/json, not {request.content_type[:64]}")
     try:
         body = json.loads(await request.read())
     except (ValueError, RecursionError) as error:

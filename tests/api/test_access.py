@@ -171,3 +171,25 @@ def test_a_client_id_of_nothing_is_none():
     assert clean_client_id(None) is None
     assert clean_client_id("") is None
     assert clean_client_id("\x00\n<>") is None
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Sec-Fetch-Site": "cross-site", "Origin": "http://evil.test"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Origin": "http://evil.test"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Sec-Fetch-Site": "none"}, 200),
+        ({"Origin": "OWN"}, 200),
+        ({}, 200),
+    ],
+)
+async def test_without_keys_pages_of_other_origins_are_refused(server, headers, status):
+    """A browser on the machine must not be a way in for any page that it shows; programs, and our own page, are no such thing."""
+    headers = {name: server.url if value == "OWN" else value for name, value in headers.items()}
+    async with server.session.post(server.url + CHAT, json=ASK, headers=headers) as response:
+        assert response.status == status
+    async with server.session.get(server.url + "/v1/models", headers=headers) as response:
+        assert response.status == 200

@@ -691,7 +691,12 @@ async def test_the_state_is_served_and_decisions_are_approved_over_http(rig: Rig
         async with client.post("/v1/scale/replicas", json={"replicas": 5}) as response:
             assert (await response.json())["current_replicas"] == 5
         for body in (b"[", b"[]", b'{"replicas": true}', b'{"replicas": -1}', b'{"replicas": "3"}'):
-            async with client.post("/v1/scale/replicas", data=body) as response:
+            async with client.post("/v1/scale/replicas", data=body, headers={"Content-Type": "application/json"}) as response:
+                assert response.status == 400
+        async with client.post("/v1/scale/replicas", data='{"replicas": 7}', headers={"Content-Type": "text/plain"}) as response:
+            assert response.status == 415
+        for url in ("\ud800", "http://x/\n", 5):
+            async with client.post("/v1/scale/endpoints/enable", json={"url": url}) as response:
                 assert response.status == 400
         async with client.post("/v1/scale/endpoints/enable", json={"url": "http://x"}) as response:
             assert await response.json() == {"enabled": False}
