@@ -27,6 +27,9 @@ async def read_request(request: web.Request, decoder: msgspec.json.Decoder[T], m
         raise _too_large(max_bytes) from error
     except HttpProcessingError as error:
         raise InvalidRequest(f"the body cannot be read: {error.message}") from error
+    except web.RequestPayloadError as error:  # it is not what Content-Encoding says
+        request.content.feed_eof()  # or aiohttp would read on after the reply, and log what it meets as a fault of ours
+        raise InvalidRequest("the body cannot be read: it does not match its Content-Encoding") from error
     except ConnectionError as error:
         raise ClientGone("the client disconnected before its request was complete") from error
     # Decoding costs about 1/30 of tokenizing as many bytes.

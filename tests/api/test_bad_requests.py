@@ -228,3 +228,12 @@ async def test_a_model_without_a_chat_template_refuses_chat(start_server):
     status, body, _ = await server.post(CHAT, ASK)
     assert (status, body["error"]["param"]) == (400, "messages")
     assert (await server.post(COMPLETIONS, {"prompt": "x"}))[0] == 200
+
+
+async def test_a_body_that_belies_its_encoding_is_refused(server):
+    """Plain JSON announced as gzip is the client's fault, not the server's."""
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    async with server.session.post(server.url + CHAT, data=b'{"messages": []}', headers=headers) as response:
+        assert response.status == 400
+        assert (await response.json())["error"]["type"] == "invalid_request_error"
+    assert (await server.post(CHAT, ASK))[0] == 200
