@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -30,7 +31,7 @@ from appliance.console.assembly import Keys, make_console
 from appliance.engine.child import Spawned
 from appliance.engine.supervisor import SupervisedEngine
 from appliance.engine.wire import Start
-from appliance.errors import EngineFailed
+from appliance.errors import EngineFailed, ListenError
 from appliance.events import EngineEvent, StepStats
 from appliance.logs import configure_logs
 from appliance.metrics.event_loop import LoopLag
@@ -323,7 +324,12 @@ async def _listen(stack: AsyncExitStack, app: web.Application, settings: Setting
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     site = web.TCPSite(runner, settings.server.host, settings.server.port, backlog=1024)
-    await site.start()
+    try:
+        await site.start()
+    except OSError as error:
+        where = f"{settings.server.host}:{settings.server.port}"
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise ListenError(f"cannot listen on {where} (server.host, server.port): {reason}") from error
     port = runner.addresses[0][1]
     host = settings.server.host
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -383,7 +389,7 @@ async def _announce(appliance: Appliance) -> bool:
 
 def _print_urls(appliance: Appliance) -> None:
     url = appliance.url
-    body = '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
+    body = '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0, "max_tokens": 100}'
     print(
         f"API      {url}/v1\nConsole  {url}/\nMetrics  {url}/metrics\nReady    {url}/ready\n\nTry:\n"
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n",

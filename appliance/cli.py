@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit status. 2 for a command line or settings that are wrong, 1 for what else went wrong, 130 for Ctrl-C."""
     arguments = parse(sys.argv[1:] if argv is None else argv)
     module = importlib.import_module(f"appliance.commands.{arguments.command}")
-    from appliance.errors import ConfigError, ModelError
+    from appliance.errors import ConfigError, ListenError, ModelError
 
     try:
         return int(module.run(arguments))
@@ -211,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for problem in error.problems:
             print(f"  {problem.key} = {problem.value}  (from {problem.source})\n      allowed: {problem.allowed}", file=sys.stderr)
         return 2
-    except ModelError as error:
+    except (ModelError, ListenError) as error:
         print(f"appliance: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -232,7 +232,8 @@ def _with_dotted_flags(argv: Sequence[str]) -> list[str]:
             continue
         value = match[2] if match[2] is not None else next(rest, None)
         if value is None:
-            raise SystemExit(f"appliance: {word} takes a value")
+            print(f"appliance: {word} takes a value", file=sys.stderr)
+            raise SystemExit(2)
         result.append(f"--set=--{match[1]}={value}")
     return result
 

@@ -112,7 +112,17 @@ def _measured_signals(settings: Settings) -> _Found:
 
 def _store_url(settings: Settings) -> _Found:
     url = settings.store.url
-    if url is not None and url.get_secret_value().partition("://")[0] not in STORE_SCHEMES:
+    if url is None:
+        return
+    from sqlalchemy.engine import make_url  # 50 ms that a command without a database need not spend
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        make_url(url.get_secret_value())
+    except (ArgumentError, ValueError):
+        yield "store.url", "a SQLAlchemy URL: scheme://user:password@host:port/database, with a number as port"
+        return
+    if url.get_secret_value().partition("://")[0] not in STORE_SCHEMES:
         yield "store.url", f"a SQLAlchemy URL that starts with {' or '.join(scheme + '://' for scheme in STORE_SCHEMES)}"
 
 

@@ -146,5 +146,9 @@ class ConfigError(Exception):
         super().__init__("\n".join(f"{p.key} = {p.value} (from {p.source}): {p.allowed}" for p in problems))
 
 
+class ListenError(Exception):
+    """The address cannot be listened on; the message says which, and why. The program prints it and exits with 1: a retry may succeed."""
+
+
 class ModelError(Exception):
     """The model cannot be loaded; the message says which file or field, and what to do."""

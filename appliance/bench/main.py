@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import ssl
 import sys
@@ -36,6 +37,11 @@ class BenchError(Exception):
 
 def run_bench(arguments: argparse.Namespace) -> int:
     """Run and report. Exit status 0 if every request succeeded, 1 if some failed or the server is away, 2 for flags that make no sense."""
+    outputs = [Path(name) for name in (arguments.json, arguments.plot) if name]
+    for path in outputs:
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            print(f"bench: {path} cannot be written", file=sys.stderr)
+            return 2
     try:
         report = run(_measure(arguments))
     except ValueError as error:

@@ -135,6 +135,8 @@ def run(channel: Channel) -> int:
 
     try:
         engine, ready = build_engine(start, phase, channel.send)
+    except (EOFError, BrokenPipeError, ConnectionResetError):  # the server is gone: nobody is left to be told
+        return 0
     except Exception as error:
         if not isinstance(error, ModelError):  # which has said all there is to say
             traceback.print_exc()

@@ -84,6 +84,7 @@ def test_the_time_limit_holds(null_url: str, tmp_path: Path) -> None:
         (["--extra-body", "[1]"], 2),
         (["--extra-body", "{"], 2),
         (["--base-url", "ftp://x"], 2),
+        (["--json", "/nowhere/figures.json"], 2),
         (["--base-url", "http://127.0.0.1:1"], 1),
     ],
 )
@@ -112,7 +113,7 @@ def test_it_runs_without_rich_and_matplotlib(null_url: str) -> None:
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name.split('.')[0] in ('rich', 'matplotlib', 'uvloop', 'aiohttp', 'pydantic', 'numpy'): raise ImportError(name)\n"
         "sys.meta_path.insert(0, Nothing())\n"
-        f"sys.argv = ['bench', '--base-url', '{null_url}', '--concurrency', '2', '--output-len', '5', '--no-ceiling', '--plot', '/nowhere/x.png']\n"
+        f"sys.argv = ['bench', '--base-url', '{null_url}', '--concurrency', '2', '--output-len', '5', '--no-ceiling', '--plot', '/tmp/x.png']\n"
         "runpy.run_module('appliance.bench', run_name='__main__')"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)

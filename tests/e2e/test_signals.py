@@ -157,6 +157,18 @@ def test_a_killed_server_takes_its_engine_along_and_leaves_its_state_to_the_next
         assert again.status("/ready") == 200
 
 
+def test_a_port_that_is_taken_is_one_line(dummy_model: str, state_folder: Callable[[], Path]) -> None:
+    """No traceback, and status 1, so that a service manager tries again."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = run_serve(state_folder(), *flags({"model.path": dummy_model, "server.port": port}))
+    assert done.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def run_serve(state: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`appliance serve` that is expected to leave by itself."""
     command = [COMMAND, "serve", "--port", "0", "--state-dir", str(state), *arguments]

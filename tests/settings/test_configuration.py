@@ -247,6 +247,9 @@ def test_databases_need_an_async_driver() -> None:
     found = problems(environ={"APPLIANCE_STORE__URL": "postgresql://u:hunter2@h/d"})
     assert "postgresql+asyncpg://" in found["store.url"].allowed
     assert "hunter2" not in str(found)
+    found = problems(environ={"APPLIANCE_STORE__URL": "postgresql+asyncpg://u:hunter2@h:port/d"})
+    assert "number as port" in found["store.url"].allowed
+    assert "hunter2" not in str(found)
 
 
 def test_systemd_credentials_are_picked_up(tmp_path: Path) -> None:
