@@ -101,6 +101,8 @@ class Console:
 
     async def _live(self, request: web.Request) -> web.StreamResponse:
         """Server-sent events, one a second, each a frame of the LiveFeed."""
+        if request.method == hdrs.METH_HEAD:
+            return web.Response(content_type="text/event-stream", headers={hdrs.CACHE_CONTROL: "no-store"})
         async with self._feed.watch() as frames:
             response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: "text/event-stream", hdrs.CACHE_CONTROL: "no-store", "X-Accel-Buffering": "no"})
             await response.prepare(request)

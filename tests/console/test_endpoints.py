@@ -297,3 +297,13 @@ def test_with_metrics_off_a_frame_still_comes() -> None:
     assert frame["engine"]["state"] == "ready"
     assert frame["fast"]["goodput"] is None
     assert frame["sample"]["num_generated_tokens"] == 0
+
+
+async def test_head_of_the_live_stream_ends_with_its_headers(server: ConsoleServer) -> None:
+    """A body would be no answer to HEAD, and this one has no end."""
+    async with ClientSession() as session, session.head(server.url + "/console/api/live") as response:
+        assert response.status == 200
+        assert response.content_type == "text/event-stream"
+        assert await response.read() == b""
+    async with ClientSession() as session, session.get(server.url + "/console/api/snapshot") as response:
+        assert response.status == 200
