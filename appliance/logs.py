@@ -28,7 +28,13 @@ _MAX_TEXT = 20_000  # characters of one prompt or output in a line
 _MAX_HELD_LINES = 10_000  # that wait for whoever reads the log
 _CLOSE_SECONDS = 2.0
 _encode = msgspec.json.Encoder(enc_hook=str).encode  # a third of what json.dumps takes
-_QUIET = {"apscheduler": logging.WARNING, "aiohttp.access": logging.WARNING, "alembic": logging.WARNING, "asyncio": logging.WARNING}
+_QUIET = {
+    "aiosqlite": logging.INFO,
+    "apscheduler": logging.WARNING,
+    "aiohttp.access": logging.WARNING,
+    "alembic": logging.WARNING,
+    "asyncio": logging.WARNING,
+}
 
 
 class JsonFormatter(logging.Formatter):

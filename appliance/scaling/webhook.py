@@ -233,6 +233,8 @@ def _retry_after(value: str | None, now_wall: float) -> float | None:
         return None
     try:
         return max(0.0, float(int(value)))
+    except OverflowError:
+        return None
     except ValueError:
         pass
     try:

@@ -117,7 +117,7 @@ class Spool:
 
     def _scan(self) -> None:
         """Find what an earlier run left."""
-        for path in sorted(self.folder.glob("rows-*.jsonl")):
+        for path in sorted(path for path in self.folder.glob("rows-*.jsonl") if path.stem.removeprefix("rows-").isdecimal()):
             with path.open("rb") as file:
                 self._counts[path] = sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
             self._bytes[path] = path.stat().st_size
