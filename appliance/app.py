@@ -33,7 +33,7 @@ from appliance.engine.supervisor import SupervisedEngine
 from appliance.engine.wire import Start
 from appliance.errors import EngineFailed, ListenError
 from appliance.events import EngineEvent, StepStats
-from appliance.logs import configure_logs
+from appliance.logs import EngineLines, configure_logs
 from appliance.metrics.event_loop import LoopLag
 from appliance.metrics.goodput import choose_slo, judge
 from appliance.metrics.hardware import HardwareReader, HardwareReading, detect_device
@@ -154,6 +154,7 @@ class Appliance:
             observer=EngineReports(self.recorder, writer),
             max_restarts=settings.engine.max_restarts,
             spawned=self._spawned,
+            pass_on_stderr=EngineLines(),
         )
         hardware = HardwareReader(
             clock=self.clock,

@@ -27,6 +27,7 @@ _requests = logging.getLogger("appliance.requests")
 _MAX_TEXT = 20_000  # characters of one prompt or output in a line
 _MAX_HELD_LINES = 10_000  # that wait for whoever reads the log
 _CLOSE_SECONDS = 2.0
+ENGINE_LOG_PREFIX = "engine: "  # of the engine process' own log (engine.process)
 _encode = msgspec.json.Encoder(enc_hook=str).encode  # a third of what json.dumps takes
 _QUIET = {
     "aiosqlite": logging.INFO,
@@ -132,6 +133,26 @@ class BackgroundHandler(logging.Handler):
         data = memoryview(text.encode("utf-8", "backslashreplace"))
         while data:
             data = data[os.write(descriptor, data) :]
+
+
+class EngineLines:
+    """What the engine's process prints, as lines of our log. Its own log is information, anything else (a library's words, a traceback) a warning."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._logger = logging.getLogger("appliance.engine.process")
+
+    def __call__(self, data: bytes) -> None:
+        """Take what was read; an unfinished line waits for its end, up to 64 KiB."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > 1 << 16:
+            lines.append(self._rest)
+            self._rest = b""
+        for line in lines:
+            text = line.decode("utf-8", "replace").rstrip()
+            if text:
+                own = text.startswith(ENGINE_LOG_PREFIX)
+                self._logger.log(logging.INFO if own else logging.WARNING, "%s", text.removeprefix(ENGINE_LOG_PREFIX))
 
 
 def configure_logs(settings: LogSettings, stream: TextIO | None = None, *, background: bool = False) -> logging.Handler:

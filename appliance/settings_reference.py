@@ -148,7 +148,8 @@ def _kind(shape: Mapping[str, Any]) -> str:
     if shape.get("format") == "path":
         return "path"
     if shape["type"] == "array":
-        return f"list of {shape.get('items', {}).get('type', 'string')}s"
+        items = shape.get("items", {})
+        return f"list of {', '.join(map(str, items['enum']))}" if "enum" in items else f"list of {items.get('type', 'string')}s"
     return str(shape["type"])
 
 

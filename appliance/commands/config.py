@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from appliance.api.keys import load_keys
 from appliance.commands._settings import load_settings
 from appliance.settings_reference import as_markdown, as_toml
 
@@ -14,6 +15,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(as_markdown(), end="")
         return 0
     loaded = load_settings(arguments)
+    load_keys(loaded.settings.server)  # what else `serve` would refuse
     if not arguments.check:
         print(as_toml(loaded.settings, loaded.sources), end="")
     return 0

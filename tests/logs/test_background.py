@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from appliance.logs import BackgroundHandler, configure_logs
+from appliance.logs import BackgroundHandler, EngineLines, configure_logs
 from appliance.settings import LogSettings
 
 
@@ -113,3 +113,21 @@ def test_a_log_that_stays_full_does_not_keep_the_server_from_leaving() -> None:
             with contextlib.suppress(BlockingIOError):
                 os.read(reading, 1 << 20)
             handler._thread.join(0.01)
+
+
+def test_what_the_engine_prints_becomes_lines_of_the_log() -> None:
+    """Its log as information, anything else as a warning; lines that arrive in pieces are put together, and bytes that are no text harm nothing."""
+    stream = io.StringIO()
+    handler = configure(stream)
+    lines = EngineLines()
+    for piece in (b"engine: compi", b"led\nTraceback (most", b" recent call last):\n\n\xff!\nunfinis"):
+        lines(piece)
+    handler.close()
+    found = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [(line["level"], line["message"]) for line in found] == [
+        ("info", "compiled"),
+        ("warning", "Traceback (most recent call last):"),
+        ("warning", "\ufffd!"),
+    ]
+    lines(b"hed" + b"x" * (1 << 17))
+    assert lines._rest == b""

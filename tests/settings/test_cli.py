@@ -105,6 +105,16 @@ def test_bad_settings_exit_with_two_and_start_nothing(tmp_path: Path) -> None:
     assert not state.exists()
 
 
+def test_config_check_reads_the_keys(tmp_path: Path) -> None:
+    """What `serve` would refuse in the keys file is found before a restart."""
+    keys = tmp_path / "keys"
+    keys.write_text("a:sk-1\na:sk-2\n")
+    done = run("config", "--check", "--set", f"server.api_keys_file={keys}")
+    assert done.returncode == 2
+    assert "server.api_keys_file" in done.stderr
+    assert "sk-1" not in done.stderr
+
+
 def test_config_prints_what_is_in_effect() -> None:
     """Values with their sources; --check prints nothing where all is well."""
     done = run("config", "--port", "81", environ={"APPLIANCE_FLEET": "blue"})
