@@ -77,10 +77,12 @@ class DeviceBatch:
         self._no_updates = np.zeros(sum(self._staged), dtype=np.int32)
         self._no_updates[:max_num_chunks] = self.dummy_row
         self._no_updates[sum(self._staged[:2]) :: 3] = self.dummy_row
-        self._device_updates = torch.tensor(self._no_updates, device=device)
-        self._host_updates = [_pinned(sum(self._staged), device) for _ in range(_RING)]
-        self._updates_turn = 0
-        self._updates_staged = False
+        self.turn = torch.zeros(1, dtype=torch.int32, device=device)  # steps that the device has done, modulo 2^32
+        self.host_turn = 0  # the same as far as launched
+        self.updates_ring = _pinned(_RING * sum(self._staged), device).view(_RING, -1)
+        self.updates_ring.copy_(torch.from_numpy(self._no_updates))
+        self._slot_holds = [False] * _RING
+        self.ids_ring = _pinned(_RING * self.max_entries, device).view(_RING, -1)
         self._header = 2 * self.max_entries + 2 * max_num_chunks
         size = self._header + max_num_tokens
         self._device_step = torch.zeros(size, dtype=torch.int32, device=device)
@@ -129,30 +131,30 @@ class DeviceBatch:
             max_context_len=max_context_len,
         )
 
-    def staged_updates(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What `stage_updates` left, as `apply_updates` takes it: at one address, padded with the dummy row, so that a graph may apply it."""
-        row_ids, params, triples = self._device_updates.split(self._staged)
-        return row_ids, params.view(-1, k.NUM_PARAMS), triples.view(-1, 3)
+    @property
+    def num_staged(self) -> tuple[int, int]:
+        """Rows and blocks that a slot of `updates_ring` has room for."""
+        return self._staged[0], _STAGED_BLOCKS
+
+    def take_turn(self) -> torch.Tensor:
+        """Count a step that was launched; the pinned ids `[max_entries]` that it will leave, valid until `_RING` further steps."""
+        slot = self.host_turn % _RING
+        self.host_turn += 1
+        return self.ids_ring[slot]
 
     def stage_updates(self, plan: StepPlan) -> bool:
-        """Leave the plan's new rows and blocks where `staged_updates` has them. False where there are too many: then nothing is staged."""
+        """Write the plan's new rows and blocks into the slot of the next step. False where there are too many: then nothing is staged."""
         rows, blocks = plan.new_rows, plan.new_blocks
         fits = len(rows) <= self._staged[0] and len(blocks) <= _STAGED_BLOCKS
-        if not fits or not (rows or blocks):
-            if self._updates_staged:  # those of the step before must not be applied again
-                self._upload_staged([], [])
-            return fits
-        self._upload_staged(rows, blocks)
-        return True
-
-    def _upload_staged(self, rows: list[Sequence], blocks: list[tuple[int, int, int]]) -> None:
-        host = self._host_updates[self._updates_turn]
-        self._updates_turn = (self._updates_turn + 1) % _RING
-        view = host.numpy()
-        view[:] = self._no_updates
-        self._write_updates(view, self._staged, rows, blocks)
-        self._device_updates.copy_(host, non_blocking=True)
-        self._updates_staged = bool(rows or blocks)
+        slot = self.host_turn % _RING
+        staged = fits and bool(rows or blocks)
+        if staged or self._slot_holds[slot]:  # what it held four steps ago must not be applied again
+            view = self.updates_ring[slot].numpy()
+            view[:] = self._no_updates
+            if staged:
+                self._write_updates(view, self._staged, rows, blocks)
+            self._slot_holds[slot] = staged
+        return fits
 
     @staticmethod
     def _write_updates(view: np.ndarray, split: tuple[int, int, int], rows: list[Sequence], blocks: list[tuple[int, int, int]]) -> None:

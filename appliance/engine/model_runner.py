@@ -16,6 +16,7 @@ from appliance.engine.cuda_graphs import StepGraphs
 from appliance.engine.scheduler import SchedulerLimits, StepPlan
 from appliance.engine.sequence import BIAS, LOGPROBS, MIN_P, NOT_GREEDY, PENALTIES, TOP_K, TOP_P, Sequence
 from appliance.engine.wire import TokenLogprobs
+from appliance.kernels import host_ring
 from appliance.kernels.kv_cache import FP8, allocate_fp8
 from appliance.kernels.ops import AttentionBatch, Ops, Sampled, SamplingBatch, StepInput
 
@@ -93,7 +94,7 @@ class ModelRunner:
         self.vocab_size = decoder.config.vocab_size
         self._bias: dict[int, tuple[Tensor, Tensor]] = {}  # sequence id -> ids, values
         self._is_cuda = device.type == "cuda"
-        self._outputs = _OutputCopies(self.batch.max_entries, device) if self._is_cuda else None
+        self._copies = _Copies(device) if self._is_cuda else None
         self._steady: _Ready | None = None
         self.improver: Improver | None = None  # CPU only
         self.graphs: StepGraphs | None = None
@@ -128,19 +129,14 @@ class ModelRunner:
             if repeats and not plan.chunks:
                 self._steady = steady
             return self._replay(plan, steady, entries, self.graphs)
-        if self._outputs is not None:
-            self._outputs.wait()
         sampled = self._sample(self._forward(shape, *self._bounds(plan)), sampling, shape)
-        return LaunchedStep(plan, sequences, sequence_ids, entries, *self._fetch(sampled, of_graph=False), graph_hit=False)
+        return LaunchedStep(plan, sequences, sequence_ids, entries, *self._fetch(sampled), graph_hit=False)
 
     def _replay(self, plan: StepPlan, step: _Ready, entries: list[int], graphs: StepGraphs) -> LaunchedStep:
-        if self._outputs is not None:
-            self._outputs.wait()
         sampled = graphs.replay(step.bucket, step.sampling)
-        of_graph = sampled is not None
         if sampled is None:
             sampled = self._sample(graphs.logits(step.bucket), step.sampling, step.bucket)
-        return LaunchedStep(plan, step.sequences, step.sequence_ids, entries, *self._fetch(sampled, of_graph), graph_hit=True)
+        return LaunchedStep(plan, step.sequences, step.sequence_ids, entries, *self._fetch(sampled), graph_hit=True)
 
     def collect(self, step: LaunchedStep) -> StepResult:
         """Wait for a step and read its tokens."""
@@ -199,12 +195,14 @@ class ModelRunner:
         logits = self._forward(bucket, max(bucket.num_chunk_tokens, 1), max_context_len)
         for all_greedy in (True, False):
             self._sample_plain(logits, bucket, all_greedy)
+            if self.graphs is not None:
+                self.batch.take_turn()
 
     def _forward(self, bucket: Bucket, max_query_len: int, max_context_len: int) -> Tensor:
         step = self.batch.step_input(bucket)
         batch = self.batch.attention_batch(bucket, max_query_len, max_context_len)
         if self.graphs is not None:
-            self.ops.apply_updates(self.batch.state, *self.batch.staged_updates())
+            host_ring.take_updates(self.batch.state, self.batch.updates_ring, self.batch.turn, *self.batch.num_staged)
         self.ops.prepare_inputs(self.batch.state, step, batch, self.limits.block_size)
         # A few rows are cheap to keep per graph, and their head streams its weight through another kernel.
         shared = self._logits is not None and bucket.num_entries > _OWN_LOGITS_ROWS
@@ -215,6 +213,8 @@ class ModelRunner:
         sampled = self.ops.sample(logits, sampling)
         step, batch = self._views(bucket)
         self.ops.commit_sampled(self.batch.state, step, batch, sampled.token_ids)
+        if self.graphs is not None:
+            host_ring.give_ids(sampled.token_ids, self.batch.ids_ring, self.batch.turn)
         return sampled
 
     def _sample_plain(self, logits: Tensor, bucket: Bucket, all_greedy: bool) -> Tensor:
@@ -300,55 +300,48 @@ class ModelRunner:
         ids = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=self.device)
         return ids, torch.full(ids.shape, float("-inf"), device=self.device)
 
-    def _fetch(self, sampled: Sampled, of_graph: bool) -> tuple[list[Tensor], torch.cuda.Event | None]:
-        wanted = [sampled.token_ids]
+    def _fetch(self, sampled: Sampled) -> tuple[list[Tensor], torch.cuda.Event | None]:
+        """Where the host will find what was sampled, and the event after which it is there."""
+        extras = []
         if sampled.logprobs is not None:
             assert sampled.ranks is not None
             assert sampled.top_ids is not None
             assert sampled.top_logprobs is not None
-            wanted += [sampled.logprobs, sampled.ranks, sampled.top_ids, sampled.top_logprobs]
-        return (wanted, None) if self._outputs is None else self._outputs.fetch(wanted, keep=sampled.logprobs is not None or not of_graph)
+            extras = [sampled.logprobs, sampled.ranks, sampled.top_ids, sampled.top_logprobs]
+        if self._copies is None:
+            return [sampled.token_ids, *extras], None
+        if self.graphs is None:
+            return self._copies.fetch([sampled.token_ids, *extras])
+        ids = self.batch.take_turn()[: sampled.token_ids.shape[0]]
+        copies, done = self._copies.fetch(extras)
+        return [ids, *copies], done
 
 
-class _OutputCopies:
-    """Copies what a step sampled into pinned memory on a stream of their own, so that the next step need not wait for the host to read it."""
+class _Copies:
+    """Copies what a step sampled into pinned memory on a stream of their own, so that the next step need not wait for them."""
 
-    def __init__(self, max_entries: int, device: torch.device) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._main = torch.cuda.current_stream(device)
         self._stream = torch.cuda.Stream(device)
-        self._ids = [torch.empty(max_entries, dtype=torch.int32, pin_memory=True) for _ in range(_RING)]
-        self._sampled = [torch.cuda.Event() for _ in range(_RING)]
-        self._copied = [torch.cuda.Event() for _ in range(_RING)]
+        self._events = [torch.cuda.Event() for _ in range(2 * _RING)]
         self._turn = 0
-        self._newest: torch.cuda.Event | None = None
 
-    def wait(self) -> None:
-        """Let the device wait until the ids of the step before are out of the buffer that the next one writes."""
-        if self._newest is not None:
-            self._main.wait_event(self._newest)
-
-    def fetch(self, tensors: list[Tensor], *, keep: bool) -> tuple[list[Tensor], torch.cuda.Event]:
-        """Host copies of `tensors`, the token ids first, valid once the event has passed. Ids stay until `_RING` further steps.
-
-        keep: the tensors' memory may be given to others before the copy is done, as a graph's never is.
-        """
-        turn, self._turn = self._turn, (self._turn + 1) % _RING
-        sampled, copied = self._sampled[turn], self._copied[turn]
+    def fetch(self, tensors: list[Tensor]) -> tuple[list[Tensor], torch.cuda.Event]:
+        """Host copies of `tensors` (none is allowed), valid once the event has passed; so is then all that was launched before."""
+        self._turn = (self._turn + 1) % _RING
+        sampled, copied = self._events[2 * self._turn : 2 * self._turn + 2]
         sampled.record(self._main)
+        if not tensors:
+            return [], sampled
         self._stream.wait_event(sampled)
-        torch.cuda.set_stream(self._stream)  # a tenth of what the context manager of torch costs
-        try:
-            outputs = []
-            for index, tensor in enumerate(tensors):
-                host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) if index else self._ids[turn][: tensor.shape[0]]
+        outputs = []
+        with torch.cuda.stream(self._stream):
+            for tensor in tensors:
+                host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
                 host.copy_(tensor, non_blocking=True)
-                if keep:
-                    tensor.record_stream(self._stream)
+                tensor.record_stream(self._stream)
                 outputs.append(host)
-        finally:
-            torch.cuda.set_stream(self._main)
-        copied.record(self._stream)
-        self._newest = copied
+            copied.record(self._stream)
         return outputs, copied
 
 
