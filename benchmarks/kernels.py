@@ -111,15 +111,14 @@ def time_decode(bench: Bench, sweep: bool, *, fp8: bool = False) -> Iterator[Row
         q = torch.randn(len(contexts), shape.num_heads, shape.head_dim, device="cuda", dtype=torch.bfloat16)
         out = torch.empty(len(contexts), shape.num_heads * shape.head_dim, device="cuda", dtype=torch.bfloat16)
         num_bytes = sum(contexts) * shape.num_kv_heads * (2 * shape.head_dim + 2 if fp8 else 4 * shape.head_dim)
-        auto = paged_decode.choose_config(len(contexts), shape.num_kv_heads, shape.head_dim, max(contexts), 2, 132, fp8=fp8)
-        configs = [auto]
+        configs: list[paged_decode.DecodeConfig | None] = [None]
         if sweep and what in SWEPT_DECODE_CASES:
             tiles = [(64, 4, 3), (64, 4, 5), (64, 2, 5), (32, 2, 5), (32, 2, 7), (32, 1, 5), (128, 8, 5)]
             tiles += [(32, 4, 5), (32, 4, 7), (64, 8, 4), (64, 8, 6)] if fp8 else []
             splits = [1, 2] if len(contexts) > 64 else [1, 2, 4, 8] if len(contexts) > 1 else [8, 16, 32, 64]
             configs += [paged_decode.DecodeConfig(n, s, w, g) for (n, w, g), s in itertools.product(tiles, splits)]
 
-        def run(config: paged_decode.DecodeConfig, inputs: tuple[Any, ...] = (q, key, value, batch, 0.088, None, out)) -> Callable[[], None]:
+        def run(config: paged_decode.DecodeConfig | None, inputs: tuple[Any, ...] = (q, key, value, batch, 0.088, None, out)) -> Callable[[], None]:
             return lambda: paged_decode.paged_decode(*inputs, config)
 
         yield from _tried(
@@ -280,7 +279,7 @@ def time_linear(bench: Bench, sweep: bool) -> Iterator[Row]:
 
 
 def _short(config: Any) -> str:
-    return "/".join(str(getattr(config, name)) for name in type(config).__slots__)
+    return "auto" if config is None else "/".join(str(getattr(config, name)) for name in type(config).__slots__)
 
 
 def _tried(

@@ -96,9 +96,13 @@ def _print_kernels(trace: profile) -> None:
 
 
 def _print_host(engine: Engine) -> None:
-    """Median microseconds of the host in each part of a step, by wrapping the methods; nested parts are indented."""
+    """Median microseconds of the host in a step, and then in each part of it, by wrapping the methods (which itself costs some); nested parts are
+    indented."""
     runner, scheduler = engine.runner, engine.scheduler
     num_graphs = runner.graphs.num_graphs if runner.graphs else 0
+    waits: list[float] = []
+    runner.collect = _timed(runner.collect, waits)  # type: ignore[method-assign]
+    print(f"  host {1e6 * _host_seconds(engine, waits):7.1f} us a step beside the wait for the device ({num_graphs} graphs)")
     spent: dict[str, list[float]] = collections.defaultdict(list)
     parts = [
         (scheduler, "schedule", "schedule"),
@@ -113,20 +117,23 @@ def _print_host(engine: Engine) -> None:
     for owner, method, name in parts:
         if owner is not None:
             setattr(owner, method, _timed(getattr(owner, method), spent[name]))
-    waits: list[float] = []
-    runner.collect = _timed(runner.collect, waits)  # type: ignore[method-assign]
+    _host_seconds(engine, waits)
+    for owner, method, _ in [*parts, (runner, "collect", "")]:
+        if owner is not None:
+            delattr(owner, method)
+    for name, seconds in spent.items():
+        if seconds:
+            print(f"  {1e6 * statistics.median(seconds):12.1f} us  {name}", flush=True)
+
+
+def _host_seconds(engine: Engine, waits: list[float]) -> float:
+    """Median seconds of a step beside those that `waits` collects."""
     totals = []
     for _ in range(_STEPS * 4):
         began, waited = time.perf_counter(), len(waits)
         engine.step()
         totals.append(time.perf_counter() - began - sum(waits[waited:]))
-    for owner, method, _ in [*parts, (runner, "collect", "")]:
-        if owner is not None:
-            delattr(owner, method)
-    print(f"  host {1e6 * statistics.median(totals):7.1f} us a step beside the wait for the device ({num_graphs} graphs)")
-    for name, seconds in spent.items():
-        if seconds:
-            print(f"  {1e6 * statistics.median(seconds):12.1f} us  {name}", flush=True)
+    return statistics.median(totals)
 
 
 def _timed(function: Callable[..., Any], spent: list[float]) -> Callable[..., Any]:

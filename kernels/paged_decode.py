@@ -1,8 +1,8 @@
 """Attention of one new token a sequence over its paged KV cache.
 
-out = softmax(q K^T * scale) V per head, online (Milakov and Gimelshein 2018), the keys of one sequence split over several programs where the
-batch alone leaves the chip empty (Flash-Decoding, Dao et al. 2023). The G query heads that share a KV head are the rows of one tile, so K and V
-are read once. Twin: reference.attention.
+out = softmax(q K^T * scale) V per head, online (Milakov and Gimelshein 2018), the keys of one sequence split over several programs where that
+evens out the end (Flash-Decoding, Dao et al. 2023). The G query heads that share a KV head are the rows of one tile, so K and V are read once.
+Small batches are cut otherwise: shared_decode.py. Twin: reference.attention.
 
 A program reads tiles of BLOCK_N keys through the block table; a (block, KV head) pair is one contiguous run of block_size * D values. Bound by
 memory: 4 * context * Hkv * D bytes a sequence in bf16, half of it in fp8, where each key's scale multiplies its scores and each value's its weight.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 import triton
@@ -22,8 +23,13 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from appliance.kernels.kv_cache import FP8
-from appliance.kernels.launch import NUM_COUNTERS, arrival_counters, cdiv, dependent_launch, next_power_of_2, num_multiprocessors
+from appliance.kernels.launch import NUM_COUNTERS, arrival_counters, dependent_launch, next_power_of_2, num_multiprocessors
 from appliance.kernels.ops import AttentionBatch
+from appliance.kernels.scales import load_scales, power_of_two
+from appliance.kernels.shared_decode import choose_config as choose_shared_config
+from appliance.kernels.shared_decode import shared_decode
+
+_SHARED_PAIRS: Final = 3  # up to so many (sequence, KV head) pairs a multiprocessor the equal shares of shared_decode.py are faster
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,20 +40,6 @@ class DecodeConfig:
     num_splits: int
     num_warps: int
     num_stages: int
-
-
-@triton.jit
-def power_of_two(scale_bytes):
-    """2^b of an fp8 cache's scale bytes, loaded as the e4m3 that they are not."""
-    return ((scale_bytes.to(tl.uint8, bitcast=True).to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def load_scales(key_scales, value_scales, table, keys, end, stride_block, BLOCK_SIZE: tl.constexpr):
-    """Scale bytes of `keys` before `end`, 0 for others. The compiler pipelines no loads of bytes: loops take those of the next tile ahead."""
-    inside = keys < end
-    at = tl.load(table + keys // BLOCK_SIZE, mask=inside, other=0).to(tl.int64) * stride_block + keys % BLOCK_SIZE
-    return tl.load(key_scales + at, mask=inside, other=0.0), tl.load(value_scales + at, mask=inside, other=0.0)
 
 
 @triton.jit(do_not_specialize=["context_lens", "rows", "block_tables"])
@@ -168,33 +160,21 @@ def _paged_decode_kernel(
 def choose_config(
     num_decodes: int, num_kv_heads: int, head_dim: int, max_context_len: int, itemsize: int, multiprocessors: int, *, fp8: bool = False
 ) -> DecodeConfig:
-    """A cut by shape: enough splits that about two programs stand on each multiprocessor, none shorter than a tile at the longest context.
+    """A cut by shape for a chip that is full, or nearly so.
 
-    Swept on an H100 at heads of 128: a full chip streams with 64 keys, 4 warps and 3 stages (3.0 TB/s at 256 entries). With fewer programs, whose
-    contexts differ, two splits even out the end (96 entries of 100 to 1,800 keys: 129 us against 135; 48: 74 against 84). With one program or two
-    a multiprocessor, smaller programs with more tiles in flight do better (32 entries: 50 us against 56; one entry of 700 keys: 7.8 against 8.7).
+    Swept on an H100 at heads of 128: 64 keys, 4 warps and 3 stages stream 3.0 TB/s at 256 entries. With fewer programs, whose contexts differ, two
+    splits even out the end (96 entries of 100 to 1,800 keys: 129 us against 135).
     """
     pairs = max(num_decodes * num_kv_heads, 1)
+    full = pairs >= 8 * multiprocessors
     if itemsize > 2:
         block_n, num_warps, num_stages = 32, 8, 2  # scalar units: four warps spill
-    elif pairs >= 8 * multiprocessors:
-        block_n, num_warps, num_stages = (32, 4, 7) if fp8 else (64, 4, 3)
-    elif pairs > 2 * multiprocessors:
-        block_n, num_warps, num_stages = 64, 4, 3
-    elif pairs >= multiprocessors:
-        block_n, num_warps, num_stages = 32, 1, 5
     else:
-        block_n, num_warps, num_stages = 64, 2, 5
+        block_n, num_warps, num_stages = (32, 4, 7) if fp8 and full else (64, 4, 3)
     if head_dim > 128:
         num_stages = min(num_stages, 3)
-    wanted = 2 if 2 * multiprocessors < pairs < 8 * multiprocessors and itemsize <= 2 else 2 * multiprocessors // pairs
-    longest = cdiv(max(max_context_len, 1), block_n)
-    num_splits = 1
-    while num_splits * 2 <= min(wanted, longest, 64):
-        num_splits *= 2
-    if pairs > NUM_COUNTERS:
-        num_splits = 1
-    return DecodeConfig(block_n, num_splits, num_warps, num_stages)
+    split = not full and itemsize <= 2 and max_context_len > block_n and pairs <= NUM_COUNTERS
+    return DecodeConfig(block_n, 2 if split else 1, num_warps, num_stages)
 
 
 def paged_decode(
@@ -215,6 +195,10 @@ def paged_decode(
         return
     if config is None:
         chip = num_multiprocessors(q.device)
+        if num_decodes * num_kv_heads <= _SHARED_PAIRS * chip:
+            shared = choose_shared_config(num_decodes * num_kv_heads, batch.max_context_len, q.element_size(), chip)
+            shared_decode(q, key_cache, value_cache, batch, scale, sliding_window, out, shared)
+            return
         config = choose_config(num_decodes, num_kv_heads, head_dim, batch.max_context_len, q.element_size(), chip, fp8=key_cache.dtype == FP8)
     group = num_heads // num_kv_heads
     num_splits = config.num_splits

@@ -20,7 +20,7 @@ from torch import Tensor
 from appliance.kernels.kv_cache import FP8
 from appliance.kernels.launch import next_power_of_2
 from appliance.kernels.ops import AttentionBatch
-from appliance.kernels.paged_decode import load_scales, power_of_two
+from appliance.kernels.scales import load_scales, power_of_two
 
 
 @dataclass(frozen=True, slots=True)

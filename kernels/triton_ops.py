@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from appliance.kernels import linear, ops, paged_decode, paged_prefill, rms_norm, rope_kv, sampling, silu_mul, skinny_stack, step_input
+from appliance.kernels import fused_stack, linear, ops, paged_decode, paged_prefill, rms_norm, rope_kv, sampling, silu_mul, step_input
 
 
 class TritonOps:
@@ -27,9 +27,9 @@ class TritonOps:
     def make_decoder_stack(
         self, layers: Sequence[ops.LayerWeights], *, num_heads: int, num_kv_heads: int, head_dim: int, eps: float
     ) -> ops.DecoderStack | None:
-        if not skinny_stack.can_stack(layers):
+        if not fused_stack.can_stack(layers):
             return None
-        return skinny_stack.SkinnyStack(self, layers, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, eps=eps)
+        return fused_stack.FusedStack(self, layers, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, eps=eps)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return rms_norm.rms_norm(x, weight, eps)

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 _INTERPRET = not torch.cuda.is_available()
 
@@ -19,6 +22,7 @@ if _INTERPRET:
     os.environ["TRITON_INTERPRET"] = "1"
     if "triton" in sys.modules and _before != "1":
         raise RuntimeError("triton was imported before tests/kernels was collected: its functions are compiled ones and cannot run on a CPU")
+    import appliance.kernels.host_ring
     import appliance.kernels.triton_ops  # noqa: F401
 
     if _before is None:

@@ -20,6 +20,7 @@ from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from appliance.kernels import fused_linear, host_ring
 from appliance.kernels import ops as k
 from appliance.kernels.kv_cache import allocate_fp8
 from appliance.kernels.linear import quantize_rows
@@ -99,7 +100,10 @@ def _model_ops(ops: TritonOps, dtype: torch.dtype, hq: int, hkv: int, d: int, *,
         ops.rms_norm(hidden, torch.ones(hq * d, dtype=dtype), 1e-6)
         ops.add_rms_norm(hidden, hidden.clone(), torch.ones(hq * d, dtype=dtype), 1e-6)
         ops.silu_mul(torch.zeros(tokens, 2 * 3 * d, dtype=dtype))
-        ops.commit_sampled(state, step, batch, torch.zeros(shape[0] + shape[1], dtype=torch.int32))
+        ids, turn = torch.zeros(shape[0] + shape[1], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+        ops.commit_sampled(state, step, batch, ids)
+        host_ring.take_updates(state, torch.zeros(4, 3 * (1 + k.NUM_PARAMS) + 3 * 40, dtype=torch.int32), turn, 3, 40)
+        host_ring.give_ids(ids, torch.zeros(4, 300, dtype=torch.int32), turn)
 
 
 def _skinny_products(dtype: torch.dtype) -> None:
@@ -112,6 +116,16 @@ def _skinny_products(dtype: torch.dtype) -> None:
             skinny_linear(x, torch.zeros(2 * inner, hidden, dtype=dtype), None, norm=norm, gate=True)
             skinny_linear(torch.zeros(tokens, inner, dtype=dtype), torch.zeros(hidden, inner, dtype=dtype), None, residual=x)
             quantize_rows(torch.zeros(tokens, inner, dtype=dtype))
+
+
+def _fused_products(dtype: torch.dtype) -> None:
+    """The same of tens of tokens."""
+    for tokens, hidden, inner in ((2, 1024, 3072), (33, 4096, 14336), (64, 896, 4864)):
+        stream, norm = fused_linear.enter(torch.zeros(tokens, hidden, dtype=dtype), torch.ones(hidden, dtype=dtype)), torch.ones(hidden, dtype=dtype)
+        plain, split = (fused_linear.choose_config(tokens, hidden, size, 132, may_split=size == inner) for size in (hidden, inner))
+        fused_linear.normed_product(stream, torch.zeros(hidden, hidden, dtype=dtype), None, 1e-6, plain)
+        made = fused_linear.normed_product(stream, torch.zeros(2 * inner, hidden, dtype=dtype), None, 1e-6, plain, gate=True)
+        fused_linear.added_product(made, torch.zeros(hidden, inner, dtype=dtype), torch.zeros(hidden, dtype=dtype), stream, norm, split)
 
 
 def _sampling_ops(ops: TritonOps, dtype: torch.dtype) -> None:
@@ -148,6 +162,7 @@ def main() -> int:
             fp8 = f"{work} fp8 cache"
             works.append((fp8, lambda t=dtype, a=(hq, hkv, d), n=qk_norm, w=window: _model_ops(ops, t, *a, qk_norm=n, window=w, fp8=True)))
         works.append((f"skinny products {dtype}", lambda t=dtype: _skinny_products(t)))
+        works.append((f"fused products {dtype}", lambda t=dtype: _fused_products(t)))
         works.append((f"sampling {dtype}", lambda t=dtype: _sampling_ops(ops, t)))
     for name, work in works:
         before = len(compiled)

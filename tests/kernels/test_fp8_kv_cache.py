@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from appliance.kernels import kv_cache, paged_decode, paged_prefill
+from appliance.kernels import kv_cache, paged_decode, paged_prefill, shared_decode
 from appliance.kernels.ops import AttentionBatch
 from appliance.kernels.reference import ReferenceOps
 from appliance.kernels.triton_ops import TritonOps
@@ -159,6 +159,10 @@ def test_splits_of_an_fp8_decode_combine(num_splits: int, window: int | None, de
     out = torch.full((4, 96), float("nan"), device=device)
     config = paged_decode.DecodeConfig(block_n=16, num_splits=num_splits, num_warps=4, num_stages=2)
     paged_decode.paged_decode(q, key, value, batch, 0.25, window, out, config)
+    assert relative_error(out, exact_attention(q, exact_key, exact_value, batch, 0.25, window)) < 2e-6
+    out.fill_(float("nan"))
+    shared = shared_decode.SharedConfig(block_n=16, num_programs=3 * num_splits, pieces=2, num_warps=4, num_stages=2)
+    shared_decode.shared_decode(q, key, value, batch, 0.25, window, out, shared)
     assert relative_error(out, exact_attention(q, exact_key, exact_value, batch, 0.25, window)) < 2e-6
 
 

@@ -6,14 +6,14 @@ import dataclasses
 
 import pytest
 import torch
+from attention_batches import make_batch
 from torch import Tensor
 
-from appliance.kernels import paged_decode, paged_prefill
+from appliance.kernels import paged_decode, paged_prefill, shared_decode
 from appliance.kernels.ops import AttentionBatch
 from appliance.kernels.reference import ReferenceOps
 from appliance.kernels.triton_ops import TritonOps
 
-BLOCK_SIZE = 16
 HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16  # the interpreter multiplies bf16 matrices as if they were integers
 
 
@@ -21,47 +21,6 @@ def relative_error(result: Tensor, expected: Tensor) -> float:
     """Norm of the error over norm of the result; infinite where anything is NaN."""
     error = (result.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)
     return float(error.nan_to_num(nan=float("inf")))
-
-
-def make_batch(
-    decode_lens: list[int], chunks: list[tuple[int, int]], num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, AttentionBatch]:
-    """q, key and value cache, batch. A chunk is (tokens before it, its length). Cache slots past a context hold NaN; block tables are shuffled."""
-    generator = torch.Generator().manual_seed(len(decode_lens) * 100 + len(chunks))
-    contexts = decode_lens + [before + length if length else 0 for before, length in chunks]
-    lengths = [1] * len(decode_lens) + [length for _, length in chunks]
-    max_blocks = max(-(-context // BLOCK_SIZE) for context in [*contexts, 1]) + 1
-    num_entries = len(contexts)
-    num_blocks = num_entries * max_blocks + 1
-    tables = torch.randperm(num_blocks - 1, generator=generator)[: num_entries * max_blocks].reshape(num_entries, max_blocks).int() + 1
-    shape = (num_blocks, num_kv_heads, BLOCK_SIZE, head_dim)
-    key, value = (torch.full(shape, float("nan")) for _ in range(2))
-    for cache in (key, value):
-        for i, context in enumerate(contexts):
-            for position in range(context):
-                block = int(tables[i, position // BLOCK_SIZE])
-                cache[block, :, position % BLOCK_SIZE] = torch.randn(num_kv_heads, head_dim, generator=generator)
-    query_start = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    num_tokens = int(query_start[-1])
-    empty = torch.zeros(num_tokens, dtype=torch.int32)
-    rows = torch.randperm(num_entries, generator=generator).int()
-    block_tables = torch.empty_like(tables)
-    block_tables[rows.long()] = tables
-    batch = AttentionBatch(
-        input_ids=empty,
-        positions=empty,
-        slot_mapping=empty.long(),
-        query_start=query_start.to(device),
-        context_lens=torch.tensor(contexts, dtype=torch.int32, device=device),
-        rows=rows.to(device),
-        block_tables=block_tables.to(device),
-        logit_index=empty.long(),
-        num_decodes=len(decode_lens),
-        max_query_len=max(lengths),
-        max_context_len=max(contexts),
-    )
-    q = torch.randn(num_tokens, num_heads, head_dim, generator=generator)
-    return q.to(device, dtype), key.to(device, dtype), value.to(device, dtype), batch
 
 
 def expected_attention(q: Tensor, key: Tensor, value: Tensor, batch: AttentionBatch, window: int | None) -> Tensor:
@@ -136,8 +95,30 @@ def test_tokens_of_no_entry_get_zeros(device: torch.device) -> None:
     assert not out[5:].any()
 
 
-def test_split_count_follows_the_shape() -> None:
-    """One sequence fills the chip with splits; a large batch takes none; a short longest context needs few."""
-    assert paged_decode.choose_config(1, 8, 128, 4096, 2, 132).num_splits == 32
+@pytest.mark.parametrize("num_programs", [1, 2, 5, 16, 64])
+@pytest.mark.parametrize("window", [None, 33])
+def test_equal_shares_combine_to_the_same_result(num_programs: int, window: int | None, device: torch.device) -> None:
+    """However many programs share the tiles, more than there are included: pairs cut at any place, an empty context; counters end at zero."""
+    q, key, value, batch = make_batch([5, 100, 0, 49, 16, 17], [], 6, 2, 16, torch.float32, device)
+    out = torch.full((6, 96), float("nan"), device=device)
+    config = shared_decode.SharedConfig(block_n=16, num_programs=num_programs, pieces=2, num_warps=4, num_stages=2)
+    for _ in range(2):
+        shared_decode.shared_decode(q, key, value, batch, 0.25, window, out, config)
+        assert relative_error(out, expected_attention(q, key, value, batch, window)) < 1e-5
+    assert not paged_decode.arrival_counters(device).any()
+
+
+def test_a_batch_for_a_full_chip_takes_a_program_a_pair(device: torch.device) -> None:
+    """Past the size that shares tiles, chosen by the number of pairs."""
+    q, key, value, batch = make_batch([1 + i % 3 for i in range(200)], [], 4, 2, 16, torch.float32, device)
+    out = TritonOps().attention(q, key, value, batch, 0.25, None)
+    assert relative_error(out, expected_attention(q, key, value, batch, None)) < 1e-5
+
+
+def test_cuts_follow_the_shape() -> None:
+    """A large batch takes no splits, a middle one two; a small one as many programs as stand on the chip, but no more than it has tiles."""
     assert paged_decode.choose_config(256, 8, 128, 4096, 2, 132).num_splits == 1
-    assert paged_decode.choose_config(1, 8, 128, 100, 2, 132).num_splits == 2
+    assert paged_decode.choose_config(64, 8, 128, 4096, 2, 132).num_splits == 2
+    assert shared_decode.choose_config(8, 4096, 2, 132) == shared_decode.SharedConfig(32, 264, 32, 2, 4)
+    assert shared_decode.choose_config(256, 4096, 2, 132) == shared_decode.SharedConfig(32, 528, 8, 2, 4)
+    assert shared_decode.choose_config(8, 100, 2, 132).num_programs == 32
