@@ -155,7 +155,14 @@ def _add_db(commands: argparse._SubParsersAction[argparse.ArgumentParser], setti
     export.add_argument("--output", metavar="FILE", help="default: standard output")
     export.add_argument("--since", metavar="TIME", help="24h or 7d ago, an ISO date or time (UTC), or Unix seconds; default: everything")
     export.add_argument("--until", metavar="TIME", help="the same; default: now")
-    export.add_argument("--limit", metavar="ROWS", type=int, help="most rows to write")
+    export.add_argument("--limit", metavar="ROWS", type=_at_least_one, help="most rows to write")
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

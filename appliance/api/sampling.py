@@ -10,6 +10,8 @@ from appliance.engine.wire import Sampling
 from appliance.text.load import TextModel
 
 _SMALLEST_TOP_P = 1e-6  # top_p = 0 means "the likeliest token only"; the engine takes shares above 0
+_GREEDY_BELOW = 1e-5  # a lower temperature draws the likeliest token anyway, and logits over it may overflow
+_SMALLEST_PENALTY = 1e-2  # 100 is the largest: lower ones would overflow logits to infinity
 
 
 def mint_seed() -> int:
@@ -31,14 +33,15 @@ def sampling_of(fields: SamplingFields, text: TextModel, *, seed: int, index: in
     if not fields.ignore_eos:
         ends.update(text.eos_ids)
     top_k = fields.top_k if fields.top_k is not None and fields.top_k > 0 else 0
+    temperature = _or(fields.temperature, 1.0)
     return Sampling(
         max_tokens=max_tokens,
         seed=choice_seed(seed, index),
-        temperature=_or(fields.temperature, 1.0),
+        temperature=0.0 if temperature < _GREEDY_BELOW else temperature,
         top_k=top_k,
         top_p=max(_or(fields.top_p, 1.0), _SMALLEST_TOP_P),
         min_p=_or(fields.min_p, 0.0),
-        repetition_penalty=_or(fields.repetition_penalty, 1.0),
+        repetition_penalty=max(_or(fields.repetition_penalty, 1.0), _SMALLEST_PENALTY),
         presence_penalty=_or(fields.presence_penalty, 0.0),
         frequency_penalty=_or(fields.frequency_penalty, 0.0),
         logit_bias=dict(fields.logit_bias or {}),

@@ -133,6 +133,13 @@ async def test_every_sampling_field_reaches_the_engine(server):
     assert (request.priority, request.cache_salt) == (-3, "s")
 
 
+async def test_values_that_would_overflow_logits_mean_their_nearest_sense(server):
+    """A temperature of next to nothing is greedy, a penalty of next to nothing the smallest that logits stand."""
+    assert (await server.post(CHAT, {**ASK, "temperature": 1e-38, "repetition_penalty": 1e-38}))[0] == 200
+    sampling = server.engine.generations[0].request.sampling
+    assert (sampling.temperature, sampling.repetition_penalty) == (0.0, 0.01)
+
+
 async def test_defaults_fill_the_context_and_ignore_eos_drops_the_models_ends(server):
     """Without max_tokens the reply may fill the context; with ignore_eos no id of the model ends it."""
     await server.post(CHAT, {**ASK, "ignore_eos": True})

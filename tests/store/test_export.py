@@ -169,6 +169,13 @@ def test_the_help_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(sources(PRICES)) <= words
 
 
+def test_a_limit_of_no_rows_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """Named and with its least value, before any database is opened."""
+    with pytest.raises(SystemExit):
+        _appliance("export", "requests", "--limit", "-1")
+    assert "--limit: must be at least 1, not -1" in capsys.readouterr().err
+
+
 def test_instants() -> None:
     """Ages, dates and Unix seconds; without a zone they are UTC."""
     now = 1_700_000_000.0
