@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import platform
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from appliance.errors import ModelError
+from appliance.kernels.cpu.build import CACHE_VARIABLE, load_library
+from appliance.kernels.cpu_ops import CpuOps
 from appliance.kernels.gguf_blocks import dequantize
 from appliance.kernels.ops import GgufTensor
 from appliance.kernels.reference import ReferenceOps
@@ -40,6 +45,7 @@ VALUES: dict[str, Any] = {
     "rope_theta": 10_000.0,
 }
 KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16", "F32")
+K_KINDS = {"Q4_K": (144, 2e-4, 7.5), "Q5_K": (176, 1e-4, 15.5), "Q6_K": (210, 8e-5, 0.0)}  # bytes of a block, scale, offset in scales
 
 
 def config_of(family: str, **changes: Any) -> dict[str, Any]:
@@ -68,7 +74,20 @@ def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def write_gguf(file: Path, values: dict[str, Any], extra: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+def k_blocks(kind: str, shape: tuple[int, ...], seed: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Random weights in K quants, which the gguf package reads but does not write: random bytes, scales such that values are those of a model."""
+    size, scale, offset = K_KINDS[kind]
+    generator = np.random.default_rng(seed)
+    blocks = generator.integers(0, 256, (math.prod(shape) // 256, size), dtype=np.uint8)
+    scales = (generator.uniform(0.5, 1.0, len(blocks)) * scale).astype(np.float16)
+    if offset:
+        blocks[:, :4] = np.stack([scales, (scales * np.float16(offset))], axis=1).view(np.uint8)
+    else:
+        blocks[:, 208:] = scales.view(np.uint8).reshape(-1, 2)
+    return blocks.reshape(*shape[:-1], -1)
+
+
+def write_gguf(file: Path, values: dict[str, Any], extra: dict[str, Tensor] | None = None, kinds: tuple[str, ...] = KINDS) -> dict[str, Tensor]:
     """A GGUF file of random weights in a mix of kinds, as llama.cpp's converter would write it; returns the weights under transformers' names."""
     config = parse_config(values, "test")
     rng, generator = random.Random(1), torch.Generator().manual_seed(1)
@@ -89,8 +108,8 @@ def write_gguf(file: Path, values: dict[str, Any], extra: dict[str, Tensor] | No
     weights = {}
     for name, shape in shapes_of(config).items():
         dense = torch.randn(shape, generator=generator) / math.sqrt(shape[-1]) + (1.0 if "norm" in name else 0.0)
-        kind = gguf.GGMLQuantizationType[rng.choice(KINDS) if len(shape) == 2 else "F32"]
-        data = gguf.quantize(dense.numpy(), kind)
+        kind = gguf.GGMLQuantizationType[rng.choice(kinds) if len(shape) == 2 else "F32"]
+        data = k_blocks(kind.name, shape, len(weights)) if kind.name in K_KINDS else gguf.quantize(dense.numpy(), kind)
         weights[name] = torch.from_numpy(gguf.dequantize(data, kind).copy())
         if config.family == "llama" and (".q_proj." in name or ".k_proj." in name):
             half = config.head_dim // 2
@@ -126,6 +145,27 @@ def load(path: str | Path, **options: Any) -> Decoder:
 def first_logits(decoder: Decoder) -> Tensor:
     loop = PagedLoop(decoder, ReferenceOps())
     return loop.step([], [(loop.add([1, 7, 3, 80, 11]), 5)])[0]
+
+
+def test_a_file_of_k_quants_runs_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Q4_K, Q5_K and Q6_K in every matrix: read as the gguf package reads them, and through the packed C++ kernels within what packing costs."""
+    values = config_of("llama", hidden_size=256, intermediate_size=512, head_dim=64, tie_word_embeddings=False)
+    weights = write_gguf(tmp_path / "model.gguf", values, kinds=tuple(K_KINDS))
+    folder = write_folder(tmp_path / "model", values, weights)
+    expected = first_logits(load(folder))
+    assert torch.equal(first_logits(load(tmp_path / "model.gguf")), expected)
+    if platform.machine() != "x86_64" or shutil.which("g++") is None:
+        pytest.skip("the C++ kernels need an x86-64 CPU and g++")
+    monkeypatch.setenv(
+        CACHE_VARIABLE,
+        os.environ.get(CACHE_VARIABLE) or str(Path(os.environ.get("APPLIANCE_TEST_STATE") or Path.home() / ".cache" / "appliance-tests") / "cache"),
+    )
+    ops = CpuOps(load_library("native"), copy_bytes=0)
+    packed = load_model(str(tmp_path / "model.gguf"), ops=ops, device=CPU, dtype=torch.float32, quantization="auto")
+    loop = PagedLoop(packed, ops)
+    logits = loop.step([], [(loop.add([1, 7, 3, 80, 11]), 5)])[0]
+    assert float((logits - expected).norm() / expected.norm()) < 2e-2
+    assert int(logits.argmax()) == int(expected.argmax())
 
 
 @pytest.mark.parametrize("tied", [False, True])
