@@ -2,7 +2,7 @@
 
 The host writes a step's new rows and blocks into slot `turn % RING` before it launches the step; the step's first kernel reads them over the bus,
 its last one writes the sampled ids into the same slot of another ring and counts the turn on the device. A graph may hold both, since the addresses
-are those of the rings and the slot is found on the device.
+are those of the rings and the slot is found on the device. Twins: reference.take_updates, give_ids.
 """
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 # ruff: noqa: N803 - constants of a kernel are upper case
@@ -46,8 +46,7 @@ def _take_updates_kernel(
 
 
 def take_updates(state: ops.RowState, ring: Tensor, turn: Tensor, num_rows: int, num_blocks: int) -> None:
-    """Apply slot `turn % R` of `ring` [R, num_rows * (1 + NUM_PARAMS) + 3 * num_blocks] int32, pinned: row ids, their parameters, then (row, index,
-    block) triples, as `Ops.apply_updates` takes them; unused places name the dummy row. `turn` [1] int32 is on the device."""
+    """See `Ops.take_updates`."""
     row_programs = cdiv(num_rows, _BLOCK)
     _take_updates_kernel[(row_programs + cdiv(num_blocks, _BLOCK),)](
         state.params, state.block_tables, state.block_tables.stride(0), ring, turn, RING=ring.shape[0], SIZE=ring.shape[1], NUM_ROWS=num_rows,
@@ -69,5 +68,5 @@ def _give_ids_kernel(ring, turn, token_ids, num_entries, RING: tl.constexpr, SIZ
 
 
 def give_ids(token_ids: Tensor, ring: Tensor, turn: Tensor) -> None:
-    """Write `token_ids` [B] int32 into slot `turn % R` of `ring` [R, >= B] int32, pinned, and count the turn."""
+    """See `Ops.give_ids`."""
     _give_ids_kernel[(1,)](ring, turn, token_ids, token_ids.shape[0], RING=ring.shape[0], SIZE=ring.shape[1], BLOCK=1024, num_warps=4)

@@ -212,6 +212,16 @@ class Ops(Protocol):
         """Host diffs: `state.params[rows[i]] = params[i]` (rows [N] int32, params [N, NUM_PARAMS] int32), then for each (row, index, block) of
         `blocks` [M, 3] int32 `state.block_tables[row, index] = block`. N or M may be 0."""
 
+    def take_updates(self, state: RowState, ring: Tensor, turn: Tensor, num_rows: int, num_blocks: int) -> None:
+        """`apply_updates` of what the host left in slot `turn % R` of `ring` [R, num_rows * (1 + NUM_PARAMS) + 3 * num_blocks] int32, pinned.
+
+        A slot holds row ids, their parameters, then (row, index, block) triples; unused places name the dummy row. `turn` [1] int32 is on the device,
+        R a power of two.
+        """
+
+    def give_ids(self, token_ids: Tensor, ring: Tensor, turn: Tensor) -> None:
+        """Write `token_ids` [B] int32 into slot `turn % R` of `ring` [R, >= B] int32, pinned, and count the turn."""
+
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Sampled:
         """Penalties, bias, temperature, top-k, top-p, min-p, then argmax of logits + Gumbel noise. logits `[B, vocab]` float32 or bf16.
 

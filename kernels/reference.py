@@ -270,6 +270,15 @@ class ReferenceOps:
         row, index, block = blocks.unbind(1)
         state.block_tables[row.long(), index.long()] = block
 
+    def take_updates(self, state: k.RowState, ring: Tensor, turn: Tensor, num_rows: int, num_blocks: int) -> None:
+        slot = ring[int(turn) % ring.shape[0]].to(state.params.device)
+        rows, params, blocks = slot.split((num_rows, num_rows * k.NUM_PARAMS, 3 * num_blocks))
+        self.apply_updates(state, rows, params.view(-1, k.NUM_PARAMS), blocks.view(-1, 3))
+
+    def give_ids(self, token_ids: Tensor, ring: Tensor, turn: Tensor) -> None:
+        ring[int(turn) % ring.shape[0], : token_ids.shape[0]] = token_ids.to(ring.device)
+        turn += 1
+
     def sample(self, logits: Tensor, batch: k.SamplingBatch) -> k.Sampled:
         return sample(logits, batch)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from appliance.kernels import fused_stack, linear, ops, paged_decode, paged_prefill, rms_norm, rope_kv, sampling, silu_mul, step_input
+from appliance.kernels import fused_stack, host_ring, linear, ops, paged_decode, paged_prefill, rms_norm, rope_kv, sampling, silu_mul, step_input
 
 
 class TritonOps:
@@ -68,6 +68,12 @@ class TritonOps:
 
     def apply_updates(self, state: ops.RowState, rows: Tensor, params: Tensor, blocks: Tensor) -> None:
         step_input.apply_updates(state, rows, params, blocks)
+
+    def take_updates(self, state: ops.RowState, ring: Tensor, turn: Tensor, num_rows: int, num_blocks: int) -> None:
+        host_ring.take_updates(state, ring, turn, num_rows, num_blocks)
+
+    def give_ids(self, token_ids: Tensor, ring: Tensor, turn: Tensor) -> None:
+        host_ring.give_ids(token_ids, ring, turn)
 
     def sample(self, logits: Tensor, batch: ops.SamplingBatch) -> ops.Sampled:
         return sampling.sample(logits, batch)

@@ -124,6 +124,17 @@ def test_the_server_process_loads_no_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_the_engine_process_on_a_cpu_loads_no_triton() -> None:
+    """Nor transformers: they take a second of the start and a hundred megabytes. The kernels of a CPU are loaded, a model's loader too."""
+    script = (
+        "import sys, appliance.engine.process, appliance.engine.loading, appliance.kernels.cpu_ops\n"
+        "print([name for name in ('transformers', 'triton') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "[]"
+
+
 @pytest.mark.parametrize("module", ["appliance.bench.main", "appliance.bench.worker", "appliance.bench.null_server"])
 def test_the_load_generator_needs_msgspec_alone(module: str) -> None:
     """On a machine with nothing but msgspec the load generator imports: everything else is optional."""

@@ -16,7 +16,6 @@ from appliance.engine.cuda_graphs import StepGraphs
 from appliance.engine.scheduler import SchedulerLimits, StepPlan
 from appliance.engine.sequence import BIAS, LOGPROBS, MIN_P, NOT_GREEDY, PENALTIES, TOP_K, TOP_P, Sequence
 from appliance.engine.wire import TokenLogprobs
-from appliance.kernels import host_ring
 from appliance.kernels.kv_cache import FP8, allocate_fp8
 from appliance.kernels.ops import AttentionBatch, Ops, Sampled, SamplingBatch, StepInput
 
@@ -202,7 +201,7 @@ class ModelRunner:
         step = self.batch.step_input(bucket)
         batch = self.batch.attention_batch(bucket, max_query_len, max_context_len)
         if self.graphs is not None:
-            host_ring.take_updates(self.batch.state, self.batch.updates_ring, self.batch.turn, *self.batch.num_staged)
+            self.ops.take_updates(self.batch.state, self.batch.updates_ring, self.batch.turn, *self.batch.num_staged)
         self.ops.prepare_inputs(self.batch.state, step, batch, self.limits.block_size)
         # A few rows are cheap to keep per graph, and their head streams its weight through another kernel.
         shared = self._logits is not None and bucket.num_entries > _OWN_LOGITS_ROWS
@@ -214,7 +213,7 @@ class ModelRunner:
         step, batch = self._views(bucket)
         self.ops.commit_sampled(self.batch.state, step, batch, sampled.token_ids)
         if self.graphs is not None:
-            host_ring.give_ids(sampled.token_ids, self.batch.ids_ring, self.batch.turn)
+            self.ops.give_ids(sampled.token_ids, self.batch.ids_ring, self.batch.turn)
         return sampled
 
     def _sample_plain(self, logits: Tensor, bucket: Bucket, all_greedy: bool) -> Tensor:

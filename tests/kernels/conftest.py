@@ -22,7 +22,6 @@ if _INTERPRET:
     os.environ["TRITON_INTERPRET"] = "1"
     if "triton" in sys.modules and _before != "1":
         raise RuntimeError("triton was imported before tests/kernels was collected: its functions are compiled ones and cannot run on a CPU")
-    import appliance.kernels.host_ring
     import appliance.kernels.triton_ops  # noqa: F401
 
     if _before is None:

@@ -14,17 +14,18 @@ RING, NUM_ROWS, NUM_BLOCKS, SEQUENCES, TABLE = 4, 3, 40, 6, 9
 
 @pytest.mark.parametrize("num_entries", [1, 5, 1500])
 def test_every_turn_takes_its_slot_and_gives_into_the_same(num_entries: int, device: torch.device) -> None:
-    """Ten steps over four slots: updates equal the twin's, ids arrive in the slot that was taken, others stay."""
+    """Ten steps over four slots: updates and ids equal the twins', which leave the other slots as they were."""
     generator = torch.Generator().manual_seed(num_entries)
     shape = (SEQUENCES + 1, k.NUM_PARAMS), (SEQUENCES + 1, TABLE)
     states = [
         k.RowState(torch.zeros(shape[0], dtype=torch.int32, device=device), torch.zeros(shape[1], dtype=torch.int32, device=device)) for _ in "ab"
     ]
-    pinned = device.type == "cuda"
+    pinned, twin = device.type == "cuda", ReferenceOps()
     size = NUM_ROWS * (1 + k.NUM_PARAMS) + 3 * NUM_BLOCKS
     updates = torch.zeros(RING, size, dtype=torch.int32, pin_memory=pinned)
     ids = torch.full((RING, 2000), -1, dtype=torch.int32, pin_memory=pinned)
-    turn = torch.zeros(1, dtype=torch.int32, device=device)
+    twin_ids = ids.clone()
+    turn, twin_turn = (torch.zeros(1, dtype=torch.int32, device=device) for _ in "ab")
     for step in range(10):
         rows = torch.randperm(SEQUENCES, generator=generator)[:NUM_ROWS].int()
         params = torch.randint(0, 99, (NUM_ROWS, k.NUM_PARAMS), generator=generator, dtype=torch.int32)
@@ -32,14 +33,14 @@ def test_every_turn_takes_its_slot_and_gives_into_the_same(num_entries: int, dev
         triples = torch.stack([places // TABLE, places % TABLE, torch.randint(0, 99, (NUM_BLOCKS,), generator=generator, dtype=torch.int32)], dim=1)
         updates[step % RING] = torch.cat([rows, params.flatten(), triples.flatten()])
         take_updates(states[0], updates, turn, NUM_ROWS, NUM_BLOCKS)
-        ReferenceOps().apply_updates(states[1], rows.to(device), params.to(device), triples.to(device))
+        twin.take_updates(states[1], updates, twin_turn, NUM_ROWS, NUM_BLOCKS)
         assert torch.equal(states[0].params, states[1].params)
         assert torch.equal(states[0].block_tables, states[1].block_tables)
         sampled = torch.randint(0, 1 << 30, (num_entries,), generator=generator, dtype=torch.int32)
-        before = ids.clone()
         give_ids(sampled.to(device), ids, turn)
+        twin.give_ids(sampled.to(device), twin_ids, twin_turn)
         if pinned:
             torch.cuda.synchronize()
-        before[step % RING, :num_entries] = sampled
-        assert torch.equal(ids, before)
-        assert int(turn) == step + 1
+        assert torch.equal(ids, twin_ids)
+        assert torch.equal(ids[step % RING, :num_entries], sampled)
+        assert int(turn) == int(twin_turn) == step + 1
