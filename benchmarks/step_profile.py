@@ -1,6 +1,7 @@
-"""Where a decode step's time goes: GPU time by kernel, and the host's by function, at a batch and context length.
+"""Where a decode step's time goes: GPU time by kernel, and the host's by function, at a batch and context length; on a CPU time by part of a step.
 
 Usage: python benchmarks/step_profile.py MODEL [--batch 1 256] [--context 512]
+       python benchmarks/step_profile.py MODEL --device cpu --batch 1 8 --context 200
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 256])
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--quantization", default="auto")
     parser.add_argument("--cache-dir")
     parser.add_argument("--host", action="store_true", help="time the host's part of a step too")
@@ -46,6 +48,7 @@ def main() -> None:
     start = Start(
         model_path=options.model,
         cache_dir=options.cache_dir or tempfile.mkdtemp(),
+        device=options.device,
         context_length=4096,
         prefix_caching=False,
         quantization=options.quantization,
@@ -59,6 +62,11 @@ def main() -> None:
         began = time.monotonic()
         for _ in range(_STEPS):
             engine.step()
+        if engine.runner.device.type == "cpu":
+            print(f"batch {batch}, context {options.context}: {1e3 * (time.monotonic() - began) / _STEPS:.3f} ms a step", flush=True)
+            _print_cpu(engine)
+            _drain(engine)
+            continue
         torch.cuda.synchronize()
         print(f"batch {batch}, context {options.context}: {1e3 * (time.monotonic() - began) / _STEPS:.3f} ms a step", flush=True)
         if options.host:
@@ -121,6 +129,34 @@ def _print_host(engine: Engine) -> None:
     for owner, method, _ in [*parts, (runner, "collect", "")]:
         if owner is not None:
             delattr(owner, method)
+    for name, seconds in spent.items():
+        if seconds:
+            print(f"  {1e6 * statistics.median(seconds):12.1f} us  {name}", flush=True)
+
+
+def _print_cpu(engine: Engine) -> None:
+    """Median microseconds of each part of a step: the layers with their attention, the output head, sampling, and what stands around them."""
+    runner, decoder = engine.runner, engine.runner.decoder
+    spent: dict[str, list[float]] = collections.defaultdict(list)
+    parts = [
+        (engine.scheduler, "schedule", "schedule"),
+        (runner, "launch", "launch"),
+        (runner, "_update_rows", "  block tables and new rows"),
+        (runner.batch, "upload_step", "  the step's rows"),
+        (runner.ops, "prepare_inputs", "  inputs from the rows"),
+        (decoder, "forward", "  embedding, layers with attention, norm"),
+        (decoder, "logits", "  output head"),
+        (runner.ops, "sample", "  sampling"),
+        (runner.ops, "commit_sampled", "  ids into the rows"),
+        (engine, "_process", "ids into the sequences"),
+        (engine, "_output", "report"),
+    ]
+    for owner, method, name in parts:
+        setattr(owner, method, _timed(getattr(owner, method), spent[name]))
+    total = _host_seconds(engine, [])
+    for owner, method, _ in parts:
+        delattr(owner, method)
+    print(f"  {1e6 * total:12.1f} us  in all")
     for name, seconds in spent.items():
         if seconds:
             print(f"  {1e6 * statistics.median(seconds):12.1f} us  {name}", flush=True)
