@@ -49,7 +49,7 @@ class Stream:
     squares: Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])  # a compilation for multiples of 16 would come while serving
 def _enter_kernel(scaled, squares, residual, norm_weight, num_tokens, H: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -64,7 +64,7 @@ def _enter_kernel(scaled, squares, residual, norm_weight, num_tokens, H: tl.cons
     tl.store(squares + parts * num_tokens + row, tl.where(parts == 0, tl.sum(v * v, axis=0), 0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])  # a compilation for multiples of 16 would come while serving
 def _fused_linear_kernel(
     out, scaled, squares_out, partial, counters, x, weight, bias, squares, norm_weight, eps, num_tokens,
     N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, NUM_SPLITS: tl.constexpr,
