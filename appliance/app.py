@@ -350,11 +350,15 @@ async def running(settings: Settings, clock: Clock | None = None, spawned: Spawn
 async def serve(settings: Settings, spawned: Spawned | None = None) -> int:
     """Serve until SIGINT or SIGTERM; drain; the exit status. A second signal aborts what is still open."""
     with contextlib.closing(configure_logs(settings.log, background=True)):
-        return await _serve(settings, spawned)
+        failure = await _serve(settings, spawned)
+    if failure is not None:
+        print(f"appliance: {failure.message}", file=sys.stderr)  # below the log, which another thread writes
+        return 1
+    return 0
 
 
-async def _serve(settings: Settings, spawned: Spawned | None) -> int:
-    """`serve`, with the logs configured."""
+async def _serve(settings: Settings, spawned: Spawned | None) -> EngineFailed | None:
+    """`serve`, with the logs configured; why the engine cannot serve at all, if that is so."""
     stop, abort = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -364,28 +368,27 @@ async def _serve(settings: Settings, spawned: Spawned | None) -> int:
         readiness = asyncio.create_task(_announce(appliance))
         stopped = asyncio.create_task(stop.wait())
         await asyncio.wait({readiness, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        if readiness.done() and not await readiness:
+        if readiness.done() and (failure := await readiness) is not None:
             stopped.cancel()
-            return 1
+            return failure
         await stopped
         readiness.cancel()
         await appliance.drain_requests(abort)
-    return 0
+    return None
 
 
-async def _announce(appliance: Appliance) -> bool:
-    """Say what the engine chose once it serves. False: it cannot serve at all, and said why."""
+async def _announce(appliance: Appliance) -> EngineFailed | None:
+    """Say what the engine chose once it serves; what it failed of if it cannot serve at all."""
     appliance.notifier.ready("loading the model")  # the API answers; /ready tells the rest
     try:
         ready = await appliance.engine.wait_ready()
     except EngineFailed as error:
-        print(f"appliance: {error.message}", file=sys.stderr)
-        return False
+        return error
     for reason in ready.reasons:
         _log.info(reason)
     _log.info("ready after %.1f s: %s, %s, %d parameters", ready.load_seconds, ready.device, ready.dtype, ready.num_parameters)
     appliance.notifier.status(f"serving on {appliance.url}")
-    return True
+    return None
 
 
 def _print_urls(appliance: Appliance) -> None:
