@@ -6,7 +6,7 @@ al. 2024). A pair that several programs share is combined by the one that arrive
 lengths. With more pairs than about three a multiprocessor the hardware evens out as well, and a program that keeps to one pair is faster.
 """
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-# ruff: noqa: N803, SIM102 - constants of a kernel are upper case; a branch on one, chosen in compilation, stands alone
+# ruff: noqa: N803 - constants of a kernel are upper case; a branch on one, chosen in compilation, stands alone
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from appliance.kernels.decode_loop import attend_keys
 from appliance.kernels.kv_cache import FP8
 from appliance.kernels.launch import arrival_counters, cdiv, dependent_launch, next_power_of_2
 from appliance.kernels.ops import AttentionBatch
-from appliance.kernels.scales import load_scales, power_of_two
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +64,7 @@ def _shared_decode_kernel(
 
     g = tl.arange(0, BLOCK_G)
     d = tl.arange(0, BLOCK_D)
-    n = tl.arange(0, BLOCK_N)
     g_mask = (g < GROUP)[:, None] & (d < D)[None, :]
-    if FP8:
-        qk_scale = qk_scale * 0.00390625  # a scale byte b stands for 2^(b - 8)
 
     while at < high:
         context = tl.load(context_lens + entry)
@@ -85,53 +82,11 @@ def _shared_decode_kernel(
 
         out_at = (entry * (HKV * GROUP) + head * GROUP + g[:, None]) * D + d[None, :]
         query = tl.load(q + out_at, mask=g_mask, other=0.0)
-        if FP8:
-            if query.dtype.primitive_bitwidth == 16:
-                query = query.to(tl.float16)  # e4m3 widens to float16 in one instruction, to bfloat16 in four
         table = block_tables + row.to(tl.int64) * table_stride
-        key_head = key_cache + head * stride_head
-        value_head = value_cache + head * stride_head
-        peak = tl.full([BLOCK_G], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_G], tl.float32)
-        acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-        if FP8:
-            key_scales = key_cache + HKV * BLOCK_SIZE * D + head * BLOCK_SIZE
-            value_scales = value_cache + HKV * BLOCK_SIZE * D + head * BLOCK_SIZE
-            key_bytes, value_bytes = load_scales(key_scales, value_scales, table, low_key + n, high_key, stride_block, BLOCK_SIZE)
-        for start in range(low_key, high_key, BLOCK_N):
-            keys = start + n
-            inside = keys < high_key
-            if FP8:
-                key_factors = power_of_two(key_bytes)
-                value_factors = power_of_two(value_bytes)
-                key_bytes, value_bytes = load_scales(key_scales, value_scales, table, keys + BLOCK_N, high_key, stride_block, BLOCK_SIZE)
-            blocks = tl.load(table + keys // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
-            cells = blocks[:, None] * stride_block + (keys % BLOCK_SIZE)[:, None] * D + d[None, :]
-            if BLOCK_D == D:
-                k = tl.load(key_head + cells)
-                v = tl.load(value_head + cells, mask=inside[:, None], other=0.0)
-            else:
-                k = tl.load(key_head + cells, mask=(d < D)[None, :], other=0.0)
-                v = tl.load(value_head + cells, mask=inside[:, None] & (d < D)[None, :], other=0.0)
-            scores = tl.dot(query, tl.trans(k.to(query.dtype)), input_precision=PRECISION) * qk_scale
-            if FP8:
-                scores *= key_factors[None, :]
-            if WINDOW > 0:
-                inside = inside & (keys >= context - WINDOW)
-            scores = tl.where(inside[None, :], scores, float("-inf"))
-            new_peak = tl.maximum(peak, tl.max(scores, axis=1))
-            base = new_peak
-            if WINDOW > 0:
-                base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-            p = tl.exp2(scores - base[:, None])
-            shrink = tl.exp2(peak - base)
-            total = total * shrink + tl.sum(p, axis=1)
-            if FP8:
-                p *= value_factors[None, :]
-            acc = acc * shrink[:, None] + tl.dot(p.to(query.dtype), v.to(query.dtype), input_precision=PRECISION)
-            peak = new_peak
-        if FP8:
-            acc *= 0.00390625
+        peak, total, acc = attend_keys(
+            query, key_cache, value_cache, table, head, low_key, high_key, context, qk_scale, stride_block, stride_head,
+            HKV, BLOCK_G, D, BLOCK_D, BLOCK_SIZE, BLOCK_N, WINDOW, PRECISION, FP8,
+        )  # fmt: skip
 
         if (at == pair_begin) & (until == pair_end):
             tl.store(out + out_at, (acc / tl.where(total > 0.0, total, 1.0)[:, None]).to(out.dtype.element_ty), mask=g_mask)
