@@ -111,7 +111,6 @@ def _print_host(engine: Engine) -> None:
     waits: list[float] = []
     runner.collect = _timed(runner.collect, waits)  # type: ignore[method-assign]
     print(f"  host {1e6 * _host_seconds(engine, waits):7.1f} us a step beside the wait for the device ({num_graphs} graphs)")
-    spent: dict[str, list[float]] = collections.defaultdict(list)
     parts = [
         (scheduler, "schedule", "schedule"),
         (runner, "launch", "launch"),
@@ -122,22 +121,13 @@ def _print_host(engine: Engine) -> None:
         (engine, "_process", "process"),
         (engine, "_output", "report"),
     ]
-    for owner, method, name in parts:
-        if owner is not None:
-            setattr(owner, method, _timed(getattr(owner, method), spent[name]))
-    _host_seconds(engine, waits)
-    for owner, method, _ in [*parts, (runner, "collect", "")]:
-        if owner is not None:
-            delattr(owner, method)
-    for name, seconds in spent.items():
-        if seconds:
-            print(f"  {1e6 * statistics.median(seconds):12.1f} us  {name}", flush=True)
+    _print_parts(engine, parts)
+    del runner.collect
 
 
 def _print_cpu(engine: Engine) -> None:
     """Median microseconds of each part of a step: the layers with their attention, the output head, sampling, and what stands around them."""
     runner, decoder = engine.runner, engine.runner.decoder
-    spent: dict[str, list[float]] = collections.defaultdict(list)
     parts = [
         (engine.scheduler, "schedule", "schedule"),
         (runner, "launch", "launch"),
@@ -151,12 +141,19 @@ def _print_cpu(engine: Engine) -> None:
         (engine, "_process", "ids into the sequences"),
         (engine, "_output", "report"),
     ]
-    for owner, method, name in parts:
+    print(f"  {1e6 * _host_seconds(engine, []):12.1f} us  in all")
+    _print_parts(engine, parts)
+
+
+def _print_parts(engine: Engine, parts: list[tuple[Any, str, str]]) -> None:
+    """Median microseconds that some steps spend in each (owner or None, method, name)."""
+    spent: dict[str, list[float]] = collections.defaultdict(list)
+    present = [part for part in parts if part[0] is not None]
+    for owner, method, name in present:
         setattr(owner, method, _timed(getattr(owner, method), spent[name]))
-    total = _host_seconds(engine, [])
-    for owner, method, _ in parts:
+    _host_seconds(engine, [])
+    for owner, method, _ in present:
         delattr(owner, method)
-    print(f"  {1e6 * total:12.1f} us  in all")
     for name, seconds in spent.items():
         if seconds:
             print(f"  {1e6 * statistics.median(seconds):12.1f} us  {name}", flush=True)
