@@ -74,7 +74,10 @@ async def _measure(arguments: argparse.Namespace) -> BenchReport:
     if not arguments.no_ceiling:
         busiest = max(count for count, _ in levels) if not arguments.request_rate else 64
         ceiling = await measure_ceiling(arguments.processes, busiest)
-    reports = [await _level(arguments, job, concurrency, rate, ceiling) for concurrency, rate in levels]
+    reports: list[LevelReport] = []
+    for concurrency, rate in levels:
+        first_index = sum(report.num_requests for report in reports)
+        reports.append(await _level(arguments, job, concurrency, rate, ceiling, first_index))
     return BenchReport(
         base_url=arguments.base_url,
         model=json.loads(job.body + b"}")["model"],
@@ -86,11 +89,13 @@ async def _measure(arguments: argparse.Namespace) -> BenchReport:
     )
 
 
-async def _level(arguments: argparse.Namespace, job: Job, concurrency: int, rate: float | None, ceiling: float | None) -> LevelReport:
+async def _level(
+    arguments: argparse.Namespace, job: Job, concurrency: int, rate: float | None, ceiling: float | None, first_index: int
+) -> LevelReport:
     num_requests = arguments.num_requests or (_OPEN_LOOP_REQUESTS if rate is not None else _REQUESTS_PER_STREAM * concurrency)
     inputs = Lengths.parse(arguments.input_len, arguments.range_ratio)
     outputs = Lengths.parse(arguments.output_len, arguments.range_ratio)
-    plans = plan_requests(num_requests, inputs, outputs, arguments.seed, rate)
+    plans = plan_requests(num_requests, inputs, outputs, arguments.seed, rate, first_index)
     jobs = split_job(msgspec.structs.replace(job, concurrency=concurrency), plans, arguments.processes)
     with _progress(f"c={concurrency}" if rate is None else f"{rate:g} req/s", num_requests, arguments.quiet) as on_progress:
         outcomes, cpu_seconds = await run_level(jobs, on_progress)
@@ -119,6 +124,9 @@ def _job(arguments: argparse.Namespace) -> Job:
     if chat and arguments.prompts == "ids":
         raise ValueError("--endpoint chat takes text prompts only")
     low, _, high = arguments.token_ids.partition(":")
+    shortest = Lengths.parse(arguments.input_len, arguments.range_ratio).low
+    if not 0 <= arguments.prefix_len < shortest:
+        raise ValueError(f"--prefix-len must be less than the shortest prompt's {shortest} tokens and not negative, not {arguments.prefix_len}")
     extra = json.loads(arguments.extra_body)
     if not isinstance(extra, dict) or not 0 <= int(low) <= int(high or low):
         raise ValueError("--extra-body takes a JSON object, and --token-ids LOW:HIGH")

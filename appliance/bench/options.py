@@ -36,7 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     work.add_argument("--input-len", default="128", metavar="N|LOW:HIGH", help="prompt tokens (%(default)s)")
     work.add_argument("--output-len", default="128", metavar="N|LOW:HIGH", help="output tokens, max_tokens (%(default)s)")
     work.add_argument("--range-ratio", type=float, default=0.0, metavar="R", help="draw lengths from N (1 - R) to N (1 + R) (%(default)s)")
-    work.add_argument("--prefix-len", type=int, default=0, metavar="N", help="first prompt tokens that all requests share (%(default)s)")
+    work.add_argument("--prefix-len", type=int, default=0, metavar="N", help="of a prompt's tokens, the first that all requests share (%(default)s)")
     work.add_argument("--prompts", choices=("ids", "text"), default=None, help="random token ids, or words of about a token (ids; chat: text)")
     work.add_argument("--token-ids", default="100:30000", metavar="LOW:HIGH", help="range of random ids; within the vocabulary (%(default)s)")
     work.add_argument("--no-ignore-eos", action="store_true", help="let the model end its text; the outputs are then shorter")

@@ -39,13 +39,18 @@ class Lengths:
         return rng.randint(self.low, self.high)
 
 
-def plan_requests(num_requests: int, inputs: Lengths, outputs: Lengths, seed: int, request_rate: float | None = None) -> list[RequestPlan]:
-    """`num_requests` plans. With a rate they arrive as a Poisson process, the first at once; else each is sent when a slot is free."""
+def plan_requests(
+    num_requests: int, inputs: Lengths, outputs: Lengths, seed: int, request_rate: float | None = None, first_index: int = 0
+) -> list[RequestPlan]:
+    """`num_requests` plans. With a rate they arrive as a Poisson process, the first at once; else each is sent when a slot is free.
+
+    Prompts follow from seed and index: levels of one run start at different ones, so that none finds another's prompts in a prefix cache.
+    """
     rng = random.Random(f"lengths-{seed}")
     arrivals = random.Random(f"arrivals-{seed}")
     offset = 0.0
     plans = []
-    for index in range(num_requests):
+    for index in range(first_index, first_index + num_requests):
         plans.append(RequestPlan(index, inputs.draw(rng), outputs.draw(rng), None if request_rate is None else offset))
         if request_rate is not None:
             offset += arrivals.expovariate(request_rate)

@@ -6,14 +6,16 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from appliance.bench.load import measure_ceiling
+from appliance.bench.load import measure_ceiling, run_level
 from appliance.bench.main import run_bench
 from appliance.bench.options import add_options
+from appliance.bench.records import Job, Outcome
+from appliance.bench.workload import request_body
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +55,22 @@ def test_a_sweep_counts_what_the_server_sent(null_url: str, tmp_path: Path, caps
     assert "output tokens/s" in capsys.readouterr().out
 
 
+def test_levels_of_a_run_share_no_prompt(null_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prefix cache must not answer one level with what another has computed; the prefix that was asked for is all that prompts share."""
+    prompts: list[list[int]] = []
+
+    async def recorded(jobs: list[Job], on_progress: Callable[[int], None]) -> tuple[list[Outcome], float]:
+        prompts.extend(json.loads(request_body(job, plan))["prompt"] for job in jobs for plan in job.plans)
+        return await run_level(jobs, on_progress)
+
+    monkeypatch.setattr("appliance.bench.main.run_level", recorded)
+    words = ["--concurrency", "1,2", "--num-requests", "5", "--input-len", "12", "--prefix-len", "4", "--output-len", "2", "--warmup", "0"]
+    assert run_bench(options("--base-url", null_url, *words, "--no-ceiling")) == 0
+    assert len(prompts) == 10
+    assert len({tuple(prompt[:4]) for prompt in prompts}) == 1
+    assert len({tuple(prompt[4:]) for prompt in prompts}) == 10
+
+
 def test_an_open_loop_keeps_its_rate(null_url: str, tmp_path: Path) -> None:
     """Forty requests at 40 a second take about a second: the Poisson arrivals of this seed, and not as fast as the server can."""
     file = tmp_path / "r.json"
@@ -81,6 +99,8 @@ def test_the_time_limit_holds(null_url: str, tmp_path: Path) -> None:
         (["--concurrency", "1", "--request-rate", "1"], 2),
         (["--endpoint", "chat", "--prompts", "ids"], 2),
         (["--input-len", "9:3"], 2),
+        (["--input-len", "20:30", "--prefix-len", "20"], 2),
+        (["--prefix-len", "-1"], 2),
         (["--extra-body", "[1]"], 2),
         (["--extra-body", "{"], 2),
         (["--base-url", "ftp://x"], 2),

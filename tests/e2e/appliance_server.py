@@ -250,7 +250,7 @@ class Metrics:
     def __init__(self, text: str) -> None:
         self.samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
 
-    def value(self, name: str, **labels: str) -> float:
+    def value(self, name: str, /, **labels: str) -> float:
         """The sum of `appliance_<name>`; KeyError where there is no such sample and no labels were asked for."""
         found = [s.value for s in self.samples if s.name == f"appliance_{name}" and all(s.labels.get(k) == v for k, v in labels.items())]
         if not found and not labels and not any(s.name == f"appliance_{name}" for s in self.samples):
