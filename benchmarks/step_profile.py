@@ -54,7 +54,8 @@ def main() -> None:
         quantization=options.quantization,
     )
     engine, ready = build_engine(start, _Silent(), lambda _: None)
-    while engine.runner.capture_next_graph(lambda: None):
+    capture = engine.runner.graphs.capture_missing if engine.runner.graphs is not None else engine.runner.capture_next_graph
+    while capture(lambda: None):
         pass
     print(f"{options.model.split('/')[-1]} {ready.device} {ready.dtype}", flush=True)
     for batch in options.batch:

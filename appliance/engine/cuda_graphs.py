@@ -68,6 +68,11 @@ class StepGraphs:
     def decode_sizes(self) -> list[int]:
         return self._decode_sizes
 
+    @property
+    def chunk_counts(self) -> list[int]:
+        """Chunks of mixed graphs."""
+        return sorted({min(count, self._limits.max_num_chunks) for count in CHUNK_COUNTS})
+
     def bucket_for(self, exact: Bucket) -> Bucket | None:
         """The bucket in which a step of this shape is replayed; None where it runs eagerly."""
         if exact.num_chunks == 0:

@@ -15,6 +15,7 @@ from appliance.engine.batch import Bucket, DeviceBatch
 from appliance.engine.cuda_graphs import StepGraphs
 from appliance.engine.scheduler import SchedulerLimits, StepPlan
 from appliance.engine.sequence import BIAS, LOGPROBS, MIN_P, NOT_GREEDY, PENALTIES, TOP_K, TOP_P, Sequence
+from appliance.engine.warm_kernels import FilteredSamplers, apply_no_update, warm_buckets
 from appliance.engine.wire import TokenLogprobs
 from appliance.kernels.kv_cache import FP8, allocate_fp8
 from appliance.kernels.ops import AttentionBatch, Ops, Sampled, SamplingBatch, StepInput
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 
 _OWN_LOGITS_ROWS = 16
-_WARM_CHUNKS = (32, 64, 128, 256, 512, 1024, 2048)
 _RING = 4  # outputs and events in flight: up to two steps launched, one being read, one spare
 
 
@@ -97,9 +97,11 @@ class ModelRunner:
         self._steady: _Ready | None = None
         self.improver: Improver | None = None  # CPU only
         self.graphs: StepGraphs | None = None
+        self._samplers: FilteredSamplers | None = None
         self._logits: Tensor | None = None  # where all graphs leave their logits: one buffer, since only the newest are read
         if use_graphs and self._is_cuda:
             self.graphs = StepGraphs(self._forward, self._sample_plain, limits, max_num_tokens, device)
+            self._samplers = FilteredSamplers(ops, self.batch, self.graphs.decode_sizes)
             self._logits = torch.zeros(self.batch.max_entries, self.vocab_size, dtype=decoder.dtype, device=device)
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
@@ -156,13 +158,9 @@ class ModelRunner:
         Where graphs are used, every cut of a kernel that serving will choose: what is compiled later would stall the streams. It takes seconds
         once; afterwards the kernels come from the cache on disk.
         """
-        most = self.limits.max_num_batched_tokens - 1
-        chunk_tokens = min(16, most)
-        buckets = [Bucket(1, 0, 0), Bucket(0, 1, chunk_tokens), Bucket(1, 1, chunk_tokens)]
         if self.graphs is not None:
-            buckets += [Bucket(size, 0, 0) for size in self.graphs.decode_sizes if size > 1]
-            buckets += [Bucket(0, 1, size) for size in _WARM_CHUNKS if size <= most]
-        for bucket in buckets:
+            apply_no_update(self.ops, self.batch)
+        for bucket in warm_buckets(self.limits, self.graphs):
             self._run_padding(bucket)
 
     def measure_activation_bytes(self) -> int:
@@ -175,13 +173,15 @@ class ModelRunner:
         return torch.cuda.max_memory_allocated(self.device) - held
 
     def capture_next_graph(self, before: Callable[[], None]) -> bool:
-        """While idle: capture the next decode graph that is missing, after calling `before`; on CPU, a slice of idle work. False: nothing to do."""
+        """While idle, after calling `before`: capture a missing graph or compile a sampler; on CPU, a slice of idle work. False: none left."""
         if self.graphs is None:
             if self.improver is None:
                 return False
             self._improve(self.improver)
             return self.improver.work_while_idle()
-        return self.graphs.capture_missing(before)
+        if self.graphs.capture_missing(before):
+            return True
+        return self._samplers is not None and self._logits is not None and self._samplers.compile_next(self._logits, before)
 
     def _improve(self, improver: Improver) -> None:
         """Between steps: put a better model in the place of this one."""
@@ -226,6 +226,8 @@ class ModelRunner:
 
     def _bounds(self, plan: StepPlan) -> tuple[int, int]:
         query = max((chunk.length for chunk in plan.chunks), default=1)
+        if self.graphs is not None:
+            return query, self.limits.context_length  # as graphs are captured: no cut of a kernel that warm-up has not seen
         context = max((chunk.start + chunk.length for chunk in plan.chunks), default=0)
         return query, max([context, *(sequence.num_computed for sequence in plan.decodes)])
 
