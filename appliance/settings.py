@@ -105,7 +105,7 @@ class StoreSettings(_Slice):
     enabled: bool = Field(True, description="Write the ledger, samples and decisions to SQL.")
     url: SecretStr | None = Field(None, description="SQLAlchemy URL (sqlite+aiosqlite or postgresql+asyncpg); default: SQLite in the state folder.")
     queue_rows: int = Field(50_000, ge=100, le=10_000_000, description="Bound of the writer's queue; beyond it rows spool to disk.")
-    flush_seconds: Seconds = Field(0.5, description="Longest time that a row waits for its batch.")
+    flush_seconds: Seconds = Field(2.0, description="Longest time that a row waits for its batch; a batch costs some milliseconds of CPU.")
     retention_days: int = Field(30, ge=1, le=36500, description="Age at which ledger rows, decisions and engine events are purged.")
     sample_retention_days: int = Field(7, ge=1, le=36500, description="Age at which samples are purged; their rollups stay.")
     minute_retention_days: int = Field(60, ge=1, le=36500, description="Age at which samples by minute are purged.")

@@ -14,7 +14,7 @@ from sqlalchemy import select
 
 from appliance.app import Appliance, running
 from appliance.events import StepStats
-from appliance.settings import EngineSettings, MetricsSettings, ModelSettings, ServerSettings, Settings
+from appliance.settings import EngineSettings, MetricsSettings, ModelSettings, ServerSettings, Settings, StoreSettings
 from appliance.store.database import Database, database_url
 from appliance.store.tables import RequestRow
 
@@ -30,6 +30,7 @@ async def appliance(dummy_model: str, state_folder: Callable[[], Path]) -> Async
         model=ModelSettings(path=dummy_model, dtype="float32", context_length=8192),
         engine=EngineSettings(max_num_seqs=8, num_blocks=NUM_BLOCKS, num_threads=1),
         metrics=MetricsSettings(sample_seconds=1),
+        store=StoreSettings(flush_seconds=0.1),
     )
     async with running(settings) as appliance:
         await appliance.engine.wait_ready(90)
