@@ -57,7 +57,7 @@ class Compilations:
 
 
 def run(engine: Engine, rng: random.Random, prompts: list[list[int]], sampling: list[dict[str, Any]]) -> float:
-    """Sequences that come in twos and threes between steps; the longest step, in seconds."""
+    """Sequences of which up to 40 come between two steps; the longest step, in seconds."""
     longest, waiting = 0.0, list(enumerate(prompts))
     while waiting or engine.has_work:
         count = rng.randint(1, 40)
