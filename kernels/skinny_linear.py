@@ -51,10 +51,10 @@ def _load_until(weight, channels, k, limit, N: tl.constexpr, K: tl.constexpr, EV
     return tl.load(weight + channels[:, None].to(tl.int64) * K + k[None, :], mask=mask, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])  # one compilation for any number of tokens, so that none comes while serving
 def _skinny_kernel(
-    out, partial, counters, x, weight, bias, norm_weight, residual, eps,
-    T: tl.constexpr, BLOCK_T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    out, partial, counters, x, weight, bias, norm_weight, residual, eps, num_tokens,
+    BLOCK_T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     NUM_SPLITS: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -63,6 +63,7 @@ def _skinny_kernel(
     split = tl.program_id(1)
     channels = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     tokens = tl.arange(0, BLOCK_T)
+    is_token = tokens < (1 if BLOCK_T == 1 else num_tokens)
     lanes = tl.arange(0, BLOCK_K)
     EVEN_N: tl.constexpr = N % BLOCK_N == 0
     EVEN_K: tl.constexpr = K % BLOCK_K == 0
@@ -110,7 +111,7 @@ def _skinny_kernel(
         for start in range(low, high, BLOCK_K):
             k = start + lanes
             w = _load_weight(weight, channels, k, N, K, EVEN_N, EVEN_K)
-            v = tl.load(x + tokens[None, :] * K + k[:, None], mask=(tokens < T)[None, :] & (k < K)[:, None], other=0.0)
+            v = tl.load(x + tokens[None, :] * K + k[:, None], mask=is_token[None, :] & (k < K)[:, None], other=0.0)
             if NORM:
                 wide = v.to(tl.float32)
                 squares += tl.sum(wide * wide, axis=0)
@@ -157,7 +158,7 @@ def _skinny_kernel(
         if GATE:
             y = y / (1.0 + tl.exp(-y)) * up
         at = tokens[None, :] * N + channels[:, None]
-        mask = (channels < N)[:, None] & (tokens < T)[None, :]
+        mask = (channels < N)[:, None] & is_token[None, :]
         if ADD:
             y = y.to(out.dtype.element_ty).to(tl.float32) + tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
@@ -207,8 +208,8 @@ def skinny_linear(
         partial = torch.empty(tiles * splits * (2 * config.block_n * block_t + block_t), dtype=torch.float32, device=x.device)
     _skinny_kernel[(tiles, splits)](
         out, partial, arrival_counters(x.device), x, weight, x if bias is None else bias, x if norm is None else norm[0], out,
-        0.0 if norm is None else norm[1],
-        T=num_tokens, BLOCK_T=block_t, N=num_outputs, K=size, BLOCK_N=config.block_n, BLOCK_K=config.block_k, NUM_SPLITS=splits,
+        0.0 if norm is None else norm[1], num_tokens,
+        BLOCK_T=block_t, N=num_outputs, K=size, BLOCK_N=config.block_n, BLOCK_K=config.block_k, NUM_SPLITS=splits,
         NORM=norm is not None, ADD=residual is not None, GATE=gate, BIAS=bias is not None,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=config.num_warps, num_stages=config.num_stages,
         **dependent_launch(x.device),
