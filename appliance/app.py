@@ -258,16 +258,11 @@ class Appliance:
     ) -> AsyncIOScheduler:
         scheduler = AsyncIOScheduler(job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": _JOB_GRACE_SECONDS}, timezone="UTC")
 
-        async def tick() -> None:
-            self.recorder.tick()
-
         async def watchdog() -> None:
             """Alive to systemd only while the engine lives: one that has failed for good is helped by a restart of the service."""
             if why_not_alive(services) is None:
                 self.notifier.watchdog()
 
-        if self.settings.metrics.enabled:
-            scheduler.add_job(tick, "interval", seconds=1.0)
         if self.notifier.watchdog_seconds is not None:
             scheduler.add_job(watchdog, "interval", seconds=self.notifier.watchdog_seconds / 2)
         if database is not None and writer is not None:

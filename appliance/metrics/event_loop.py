@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-_PERIOD_SECONDS = 0.1
+_PERIOD_SECONDS = 0.2
 
 
 class LoopLag:
-    """Asks for a callback ten times a second and tells `observe` how many seconds late each one ran. On the running loop; `stop` ends it."""
+    """Asks for a callback five times a second and tells `observe` how many seconds late each one ran. On the running loop; `stop` ends it."""
 
     def __init__(self, observe: Callable[[float], None], period_seconds: float = _PERIOD_SECONDS) -> None:
         self._observe = observe

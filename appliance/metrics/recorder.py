@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from prometheus_client.exposition import choose_encoder
 
@@ -15,16 +17,14 @@ from appliance.metrics.compat_export import CompatExport
 from appliance.metrics.energy import EnergyAccount
 from appliance.metrics.exposition import END
 from appliance.metrics.forecast import QueueForecast
-from appliance.metrics.goodput import CHAT, GENERATION_ENDPOINTS, Slo, expired_in_queue, judge
+from appliance.metrics.goodput import CHAT, Slo
 from appliance.metrics.hardware import HardwareReading
 from appliance.metrics.instruments import Instruments
 from appliance.metrics.labels import (
     DIRECTIONS,
-    ENDPOINTS,
     ENGINE_GONE,
     EVENT_KINDS,
     OUTCOMES,
-    REJECTIONS,
     SHED,
     bounded,
 )
@@ -34,11 +34,16 @@ from appliance.metrics.steps import StepMeter
 from appliance.metrics.window import History
 from appliance.settings import MetricsSettings
 
+_log = logging.getLogger(__name__)
+_MOST_PENDING = 1024
+
 
 class Recorder:
     """Implements EngineObserver and the API's observer; keeps its families to itself.
 
-    Call `tick` about once a second, or the age of the engine's newest report is only as exact as the scrapes are frequent.
+    What happens is put aside with its time, and counted many at once: when somebody reads, when the loop's lag is told, and before it becomes
+    much. The counters' memory is cold between two steps, and a step that is counted alone costs four times one that is counted among others.
+    Tell `on_loop_lag` a few times a second, or the age of the engine's newest report is only as exact as the scrapes are frequent.
     Nothing here raises on what a user sent: unknown label values become "other".
     """
 
@@ -59,7 +64,8 @@ class Recorder:
         self.clock = clock
         self._settings = settings or MetricsSettings()
         namespaces = [NAMESPACES[name] for name in dict.fromkeys(self._settings.compat)]
-        self.instruments = Instruments(catalogue, slo, more_edges(namespaces))
+        self._instruments = Instruments(catalogue, slo, more_edges(namespaces))
+        self._pending: list[tuple[Callable[..., None], tuple[Any, ...]]] = []  # what is to be counted, in order
         self.stats: StepStats | None = None  # of the newest step
         self._started = clock.monotonic()
         self._history = History(max(self._settings.slow_window_seconds, self._settings.fast_window_seconds), self._started)
@@ -72,27 +78,28 @@ class Recorder:
         self._reported_at: float | None = None
         self._waiting_since: float | None = None  # receipt of the oldest waiting sequence, as far as known
         self._policy_run_at: float | None = None
-        self._cells = Cells(self.instruments)
+        self._cells = Cells(self._instruments)
         self._forecast = QueueForecast()
         self._energy = EnergyAccount()
         self._busy_read = 0.0  # of the busy time, what the energy account has seen
         self._steps = StepMeter(self._cells, self._history, self._forecast)
-        self._requests = RequestMeter(self.instruments, self._cells, self._forecast, clock)
+        self._requests = RequestMeter(self._instruments, self._cells, self._history, self._forecast, slo, clock)
         self._set_constants(version, model, instance_id, fleet)
-        self.instruments.before_render.append(self._refresh)
-        self._exports = [CompatExport(namespace, self.instruments, model) for namespace in namespaces]
+        self._instruments.before_render.append(self._refresh)
+        self._exports = [CompatExport(namespace, self._instruments, model) for namespace in namespaces]
 
     # What the composition root hands over
 
     def bind_engine(self, engine: EngineView) -> None:
         """Read state, pid, heartbeat and facts from `engine` when scraped."""
+        self.settle()
         self._engine = engine
         self._steps.costs = costs_of(engine)
 
     def bind_store(self, stats: Callable[[], StoreStats], queue_limit_rows: int = 0) -> None:
         """Read the SQL writer's counters when scraped."""
         self._store = stats
-        self.instruments.cell("appliance_store_queue_limit_rows").value = queue_limit_rows
+        self._instruments.cell("appliance_store_queue_limit_rows").value = queue_limit_rows
 
     def bind_hardware(self, latest: Callable[[], HardwareReading | None]) -> None:
         """Read the newest hardware reading when scraped."""
@@ -101,26 +108,21 @@ class Recorder:
     # EngineObserver
 
     def on_step(self, stats: StepStats) -> None:
-        """A step was done. The hot path: additions only (a test holds its price)."""
+        """A step was done. The hot path (a test holds its price)."""
         now = self.clock.monotonic()
         self.stats = stats
         self._reported_at = now
         self._waiting_since = now - stats.oldest_waiting_age_seconds if stats.num_waiting else None
-        self._steps.on_step(stats, now)
+        self._later(self._steps.on_step, stats, now)
 
     def on_gaps(self, gaps: Sequence[tuple[float, int]]) -> None:
         """Inter-token latencies of one step, grouped: (seconds, how many sequences)."""
-        observe = self._cells.itl.observe
-        num_tokens = 0
-        for seconds, count in gaps:
-            observe(seconds, count)
-            num_tokens += count
-        self._cells.output_tokens.value += num_tokens
-        self._history.on_output(self.clock.monotonic(), num_tokens)
+        self._later(self._steps.on_gaps, gaps, self.clock.monotonic())
 
     def on_engine_event(self, event: EngineEvent) -> None:
         """The engine process started, became ready, crashed, ..."""
-        self.instruments.cell("appliance_engine_events_total", bounded(event.kind, EVENT_KINDS)).value += 1
+        self.settle()
+        self._instruments.cell("appliance_engine_events_total", bounded(event.kind, EVENT_KINDS)).value += 1
         if event.kind == "started":
             self._cells.restarts.value += self._num_starts > 0
             self._num_starts += 1
@@ -138,53 +140,34 @@ class Recorder:
 
     def on_received(self, endpoint: str) -> None:
         """The headers of a request were read."""
-        self.instruments.cell("appliance_requests_received_total", bounded(endpoint, ENDPOINTS)).value += 1
+        self._later(self._requests.on_received, endpoint)
 
     def on_admitted(self, num_prompt_tokens: int, max_tokens: int) -> None:
         """A request was admitted: demand, in tokens."""
-        self._cells.admitted_prompt.value += num_prompt_tokens
-        self._cells.admitted_max.value += max_tokens
-        self._forecast.on_admitted(num_prompt_tokens)
-        self._history.on_admitted(self.clock.monotonic(), num_prompt_tokens, max_tokens, self._forecast.expected_output(max_tokens))
+        self._later(self._requests.on_admitted, num_prompt_tokens, max_tokens, self.clock.monotonic())
 
     def on_rejected(self, code: str) -> None:
         """A request was refused at admission; `code` is the error's."""
-        self.instruments.cell("appliance_rejections_total", bounded(code, REJECTIONS)).value += 1
-        now = self.clock.monotonic()
-        self._history.on_rejected(now)
-        if code in SHED and self.engine_state == "ready":  # a restart fills the queue too, and is no want of replicas
-            self._history.on_shed(now)
+        shed = code in SHED and self.engine_state == "ready"  # a restart fills the queue too, and is no want of replicas
+        self._later(self._requests.on_rejected, code, shed, self.clock.monotonic())
 
     def on_first_token(self, seconds: float, endpoint: str = CHAT, request_id: str = "") -> None:
         """The first token of a request is on its way, `seconds` after receipt."""
-        now = self.clock.monotonic()
-        histogram = self._cells.ttft[endpoint if endpoint in GENERATION_ENDPOINTS else CHAT]
-        if request_id:
-            histogram.observe_with(seconds, request_id, self.clock.wall())
-        else:
-            histogram.observe(seconds)
-        self._cells.output_tokens.value += 1
-        self._history.on_output(now, 1)
-        self._history.on_ttft(now, seconds, seconds <= self.slo.ttft_seconds)
+        self._later(self._requests.on_first_token, seconds, endpoint, request_id, self.clock.monotonic())
 
     def on_other_first_token(self) -> None:
         """The first token of a further choice of a request: like the first of all it follows no gap, and is counted as it comes."""
-        self._cells.output_tokens.value += 1
-        self._history.on_output(self.clock.monotonic(), 1)
+        self._later(self._requests.on_other_first_token, self.clock.monotonic())
 
     def on_request(self, record: RequestRecord, use: RequestUse | None = None) -> None:
         """A request finished, whatever its end. Call it once for each, refused ones included."""
-        judgement = judge(record, self.slo)
-        self._requests.on_request(record, judgement, use)
-        now = self.clock.monotonic()
-        if expired_in_queue(record):
-            self._history.on_shed(now)
-        self._history.on_request(now, error=record.status >= 500, good=judgement.both, tpot_seconds=record.tpot_seconds, good_tpot=judgement.tpot)
+        self._later(self._requests.on_request, record, use, self.clock.monotonic())
 
     # The machine
 
     def on_hardware(self, reading: HardwareReading) -> None:
         """A reading was taken: its joules go to serving or idle, and what the engine does from now on has a new price."""
+        self.settle()
         engine = self._engine
         busy, self._busy_read = self._cells.busy_seconds.value - self._busy_read, self._cells.busy_seconds.value
         if engine is None or engine.ready is None or not reading.gpus or getattr(engine.ready, "device", "") == "cpu":
@@ -196,24 +179,26 @@ class Recorder:
         engine.set_serving_watts(self._energy.price_watts)
 
     def on_loop_lag(self, seconds: float) -> None:
-        """The event loop ran a callback so late."""
+        """The event loop ran a callback so late. It comes every now and then: the time to count what was put aside."""
         self._cells.loop_lag.observe(seconds)
+        self._hear()
+        self.settle()
 
     # The policy loop and the courier
 
     def on_policy(self, desired_replicas: int, direction: str | None = None, *, pinned: bool) -> None:
         """The policy loop ran; `direction` where it decided on a change. `pinned`: it wants more than it may."""
         self._policy_run_at = self.clock.monotonic()
-        self.instruments.cell("appliance_scaling_runs_total").value += 1
-        self.instruments.cell("appliance_scaling_desired_replicas").value = desired_replicas
-        self.instruments.cell("appliance_scaling_pinned").value = pinned
+        self._instruments.cell("appliance_scaling_runs_total").value += 1
+        self._instruments.cell("appliance_scaling_desired_replicas").value = desired_replicas
+        self._instruments.cell("appliance_scaling_pinned").value = pinned
         if direction is not None:
-            self.instruments.cell("appliance_scaling_decisions_total", bounded(direction, DIRECTIONS)).value += 1
+            self._instruments.cell("appliance_scaling_decisions_total", bounded(direction, DIRECTIONS)).value += 1
 
     def on_delivery(self, outcome: str, num_pending: int) -> None:
         """An attempt to deliver a signal ended: delivered, failed (to be tried again), dead or superseded; so many still wait."""
-        self.instruments.cell("appliance_webhook_deliveries_total", bounded(outcome, OUTCOMES)).value += 1
-        self.instruments.cell("appliance_webhook_pending").value = num_pending
+        self._instruments.cell("appliance_webhook_deliveries_total", bounded(outcome, OUTCOMES)).value += 1
+        self._instruments.cell("appliance_webhook_pending").value = num_pending
 
     # Readers
 
@@ -222,23 +207,32 @@ class Recorder:
         _, content_type = choose_encoder(accept)
         openmetrics = content_type.startswith("application/openmetrics-text")
         out: list[str] = []
-        self.instruments.render(out, openmetrics=openmetrics)
+        self._instruments.render(out, openmetrics=openmetrics)
         for export in self._exports:
             export.render(out, openmetrics=openmetrics)
         if openmetrics:
             out.append(END)
         return "".join(out).encode(), content_type
 
-    def tick(self) -> None:
-        """Once a second: a heartbeat object that was not there before is a report."""
-        if self._engine is not None and (heartbeat := self._engine.heartbeat) is not self._heartbeat:
-            self._heartbeat = heartbeat
-            if heartbeat is not None:
-                self._reported_at = self.clock.monotonic()
+    @property
+    def instruments(self) -> Instruments:
+        """Cells and histograms, to read."""
+        self.settle()
+        return self._instruments
+
+    def settle(self) -> None:
+        """Count what was put aside, in its order. What fails is logged and the rest counted."""
+        pending, self._pending = self._pending, []
+        for count, arguments in pending:
+            try:
+                count(*arguments)
+            except Exception:
+                _log.exception("a report was not counted")
 
     def snapshot(self) -> Snapshot:
         """The machine now with its recent past: the policy's whole input."""
-        self.tick()
+        self.settle()
+        self._hear()
         now = self.clock.monotonic()
         num_running, num_waiting, age = self.queue(now)
         stats = self.stats
@@ -289,18 +283,31 @@ class Recorder:
 
     def predicted_ttft_seconds(self, now: float) -> float:
         """What a request that arrived at `now` would wait for its first token; see QueueForecast."""
+        self.settle()
         window = self._history.stats(self._settings.fast_window_seconds, now)
         max_num_seqs = getattr(self._engine.ready, "max_num_seqs", None) if self._engine is not None else None
         return self._forecast.ttft_seconds(self.stats, self.queue(now)[2], max_num_seqs, window)
 
     # Inside
 
+    def _later(self, count: Callable[..., None], *arguments: Any) -> None:
+        self._pending.append((count, arguments))
+        if len(self._pending) >= _MOST_PENDING:
+            self.settle()
+
+    def _hear(self) -> None:
+        """A heartbeat object that was not there before is a report."""
+        if self._engine is not None and (heartbeat := self._engine.heartbeat) is not self._heartbeat:
+            self._heartbeat = heartbeat
+            if heartbeat is not None:
+                self._reported_at = self.clock.monotonic()
+
     def _kv_block_size(self) -> int:
         block_size = getattr(self._engine.ready, "block_size", self._block_size) if self._engine is not None else self._block_size
         return int(block_size)
 
     def _set_constants(self, version: str, model: str, instance_id: str, fleet: str) -> None:
-        cell = self.instruments.cell
+        cell = self._instruments.cell
         cell("appliance_slo_ttft_seconds").value = self.slo.ttft_seconds
         cell("appliance_slo_tpot_seconds").value = self.slo.tpot_seconds
         cell("appliance_slo_target_ratio").value = self.slo.target
@@ -308,9 +315,10 @@ class Recorder:
 
     def _refresh(self) -> None:
         """Set the gauges that are only known now."""
-        self.tick()
+        self.settle()
+        self._hear()
         now = self.clock.monotonic()
-        cell = self.instruments.cell
+        cell = self._instruments.cell
         running, waiting, age = self.queue(now)
         cell("appliance_requests_running").value = running
         cell("appliance_requests_waiting").value = waiting
@@ -320,15 +328,15 @@ class Recorder:
             cell("appliance_engine_report_age_seconds").value = now - self._reported_at
         if self._policy_run_at is not None:
             cell("appliance_scaling_run_age_seconds").value = now - self._policy_run_at
-        set_kv(self.instruments, self.stats, self.kv(), self._kv_block_size() * self._steps.costs.kv_bytes_per_token)
+        set_kv(self._instruments, self.stats, self.kv(), self._kv_block_size() * self._steps.costs.kv_bytes_per_token)
         window = self._history.stats(self._settings.fast_window_seconds, now)
-        set_work(self.instruments, self._steps.costs, window)
+        set_work(self._instruments, self._steps.costs, window)
         cell("appliance_predicted_ttft_seconds").value = self.predicted_ttft_seconds(now)
         cell("appliance_prefill_tokens_per_second").value = self._forecast.prefill_tokens_per_second or 0
         cell("appliance_energy_idle_watts").value = self._energy.idle_watts or 0
         cell("appliance_energy_serving_watts").value = self._energy.price_watts or 0
-        set_engine(self.instruments, self._engine)
+        set_engine(self._instruments, self._engine)
         if self._store is not None:
-            set_store(self.instruments, self._store())
+            set_store(self._instruments, self._store())
         if self._hardware is not None and (reading := self._hardware()) is not None:
-            set_hardware(self.instruments, reading)
+            set_hardware(self._instruments, reading)

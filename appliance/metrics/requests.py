@@ -1,4 +1,4 @@
-"""What a finished request adds to the families."""
+"""What a request adds to the families, from its reception to its end."""
 
 from __future__ import annotations
 
@@ -6,24 +6,67 @@ from appliance.clock import Clock
 from appliance.events import LedgerState, RequestRecord, RequestUse
 from appliance.metrics.cells import Cells
 from appliance.metrics.forecast import QueueForecast
-from appliance.metrics.goodput import GENERATION_ENDPOINTS, Judgement
+from appliance.metrics.goodput import CHAT, GENERATION_ENDPOINTS, Judgement, Slo, expired_in_queue, judge
 from appliance.metrics.instruments import Instruments
 from appliance.metrics.keys import KeyCounters
-from appliance.metrics.labels import ENDPOINTS, FINISH_REASONS, bounded, status_label
+from appliance.metrics.labels import ENDPOINTS, FINISH_REASONS, REJECTIONS, bounded, status_label
+from appliance.metrics.window import History
 
 
 class RequestMeter:
-    """Counts finished requests into cells and the forecast. One owner, the recorder."""
+    """Counts requests into cells, history and the forecast; `now` is the time at which it happened. One owner, the recorder."""
 
-    def __init__(self, instruments: Instruments, cells: Cells, forecast: QueueForecast, clock: Clock) -> None:
+    def __init__(self, instruments: Instruments, cells: Cells, history: History, forecast: QueueForecast, slo: Slo, clock: Clock) -> None:
         self._instruments = instruments
         self._cells = cells
+        self._history = history
         self._forecast = forecast
+        self._slo = slo
         self._clock = clock
         self._keys = KeyCounters(instruments)
 
-    def on_request(self, record: RequestRecord, judgement: Judgement, use: RequestUse | None) -> None:
+    def on_received(self, endpoint: str) -> None:
+        """The headers of a request were read."""
+        self._instruments.cell("appliance_requests_received_total", bounded(endpoint, ENDPOINTS)).value += 1
+
+    def on_admitted(self, num_prompt_tokens: int, max_tokens: int, now: float) -> None:
+        """A request was admitted: demand, in tokens."""
+        self._cells.admitted_prompt.value += num_prompt_tokens
+        self._cells.admitted_max.value += max_tokens
+        self._forecast.on_admitted(num_prompt_tokens)
+        self._history.on_admitted(now, num_prompt_tokens, max_tokens, self._forecast.expected_output(max_tokens))
+
+    def on_rejected(self, code: str, shed: bool, now: float) -> None:
+        """A request was refused at admission; `shed`: for want of capacity."""
+        self._instruments.cell("appliance_rejections_total", bounded(code, REJECTIONS)).value += 1
+        self._history.on_rejected(now)
+        if shed:
+            self._history.on_shed(now)
+
+    def on_first_token(self, seconds: float, endpoint: str, request_id: str, now: float) -> None:
+        """The first token of a request is on its way, `seconds` after receipt."""
+        histogram = self._cells.ttft[endpoint if endpoint in GENERATION_ENDPOINTS else CHAT]
+        if request_id:
+            histogram.observe_with(seconds, request_id, self._clock.wall())
+        else:
+            histogram.observe(seconds)
+        self._history.on_ttft(now, seconds, seconds <= self._slo.ttft_seconds)
+        self.on_other_first_token(now)
+
+    def on_other_first_token(self, now: float) -> None:
+        """A first token that nobody waits for: of a further choice of a request."""
+        self._cells.output_tokens.value += 1
+        self._history.on_output(now, 1)
+
+    def on_request(self, record: RequestRecord, use: RequestUse | None, now: float) -> None:
         """A request finished, whatever its end."""
+        judgement = judge(record, self._slo)
+        self._count(record, judgement, use)
+        if expired_in_queue(record):
+            self._history.on_shed(now)
+        self._history.on_request(now, error=record.status >= 500, good=judgement.both, tpot_seconds=record.tpot_seconds, good_tpot=judgement.tpot)
+
+    def _count(self, record: RequestRecord, judgement: Judgement, use: RequestUse | None) -> None:
         cells = self._cells
         reason = bounded(record.finish_reason, FINISH_REASONS) if record.finish_reason else "none"
         self._instruments.cell("appliance_requests_total", bounded(record.endpoint, ENDPOINTS), status_label(record.status), reason).value += 1

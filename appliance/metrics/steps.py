@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from appliance.events import BlockEnds, StepCosts, StepStats
 from appliance.metrics.cells import Cells
 from appliance.metrics.forecast import QueueForecast
@@ -38,6 +40,16 @@ class StepMeter:
         work = self._on_work(stats) if stats.num_sequences else (0.0, 0.0, 0.0)
         utilisation = stats.num_used_blocks / stats.num_blocks if stats.num_blocks else 0.0
         self._history.on_step(now, stats.num_running, stats.num_waiting, stats.oldest_waiting_age_seconds, utilisation, work)
+
+    def on_gaps(self, gaps: Sequence[tuple[float, int]], now: float) -> None:
+        """Inter-token latencies of one step, grouped: (seconds, how many sequences)."""
+        observe = self._cells.itl.observe
+        num_tokens = 0
+        for seconds, count in gaps:
+            observe(seconds, count)
+            num_tokens += count
+        self._cells.output_tokens.value += num_tokens
+        self._history.on_output(now, num_tokens)
 
     def _on_work(self, stats: StepStats) -> tuple[float, float, float]:
         """A step was done; its busy seconds, FLOPs and moved bytes."""

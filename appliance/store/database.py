@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import Connection, Engine, Executable, create_engine, event, make_url, text
 from sqlalchemy.exc import SQLAlchemyError
@@ -21,6 +21,8 @@ from appliance.settings import Settings
 
 if TYPE_CHECKING:
     from alembic.config import Config
+
+T = TypeVar("T")
 
 # PostgreSQL's advisory locks, where several appliances share a database
 _MIGRATION_LOCK = 0x1A9B_0001  # one migrates, the others wait for it
@@ -73,16 +75,20 @@ class Database:
         else:
             options |= {"pool_pre_ping": True, "connect_args": {"timeout": _CONNECT_TIMEOUT_SECONDS, "command_timeout": 30.0}}
         self.engine: AsyncEngine = create_async_engine(self.url, **options)
-        if self.dialect == "sqlite":
-            event.listen(self.engine.sync_engine, "connect", _prepare_sqlite)
-            event.listen(self.engine.sync_engine, "begin", _begin_sqlite)
         self._brief: Engine | None = None
         if self.dialect == "sqlite" and self.url.database and self.url.database != ":memory:":
             self._brief = create_engine(self.url.set(drivername="sqlite"), pool_size=1, hide_parameters=True).execution_options(appliance_write=True)
-            event.listen(self._brief, "connect", _prepare_sqlite)
-            event.listen(self._brief, "begin", _begin_sqlite)
+        if self.dialect == "sqlite":
+            for engine in self.sync_engines:
+                event.listen(engine, "connect", _prepare_sqlite)
+                event.listen(engine, "begin", _begin_sqlite)
         self.migrated = False  # the schema is known to be current
         self._writing = self.engine.execution_options(appliance_write=True)
+
+    @property
+    def sync_engines(self) -> tuple[Engine, ...]:
+        """SQLAlchemy's engines beneath, for its events."""
+        return (self.engine.sync_engine,) if self._brief is None else (self.engine.sync_engine, self._brief)
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[AsyncSession]:
@@ -96,23 +102,26 @@ class Database:
         async with AsyncSession(self._writing, expire_on_commit=False) as session, session.begin():
             yield session
 
-    @asynccontextmanager
-    async def connection(self) -> AsyncIterator[AsyncConnection]:
-        """A plain connection in one write transaction, for statements without objects."""
-        async with self._writing.begin() as connection:
-            yield connection
+    async def write(self, work: Callable[[Connection], T]) -> T:
+        """What `work` returns, done in one write transaction: committed at its end, rolled back if it raises.
 
-    async def execute_briefly(self, statement: Executable, rows: Sequence[Mapping[str, Any]] = ()) -> tuple[int, float]:
-        """One statement in a write transaction as short as can be. Returns how many rows it changed and for how many seconds it held its locks.
-
-        In SQLite begin, statement and commit are one call of a thread: over the event loop, each step of the lock's holder waits for its turn.
+        In SQLite begin, statements and commit are one call of a thread: over the event loop each of them costs a turn of both, and holds the lock
+        for longer. A caller that is cancelled does not stop that thread.
         """
         if self._brief is not None:
-            return await asyncio.to_thread(_execute_briefly, self._brief, statement, rows)
-        async with self.connection() as connection:
+            return await asyncio.to_thread(_in_transaction, self._brief, work)
+        async with self._writing.begin() as connection:
+            return await connection.run_sync(work)
+
+    async def execute_briefly(self, statement: Executable, rows: Sequence[Mapping[str, Any]] = ()) -> tuple[int, float]:
+        """One statement in a write transaction. Returns how many rows it changed and for how many seconds it held its locks."""
+
+        def execute(connection: Connection) -> tuple[int, float]:
             started = time.perf_counter()
-            result = await connection.execute(statement, rows or None)
-        return result.rowcount, time.perf_counter() - started
+            result = connection.execute(statement, rows or None)
+            return result.rowcount, time.perf_counter() - started
+
+        return await self.write(execute)
 
     async def migrate(self, revision: str = "head") -> None:
         """Upgrade the schema to `revision`. Safe to call by several appliances at once. Raises MigrationFailed.
@@ -217,11 +226,9 @@ async def _unlock(connection: AsyncConnection, lock: int) -> None:
         await connection.commit()
 
 
-def _execute_briefly(engine: Engine, statement: Executable, rows: Sequence[Mapping[str, Any]]) -> tuple[int, float]:
+def _in_transaction(engine: Engine, work: Callable[[Connection], T]) -> T:
     with engine.begin() as connection:
-        started = time.perf_counter()
-        result = connection.execute(statement, rows or None)
-    return result.rowcount, time.perf_counter() - started
+        return work(connection)
 
 
 def alembic_config(connection: Connection) -> Config:

@@ -22,18 +22,31 @@ _EMPTY: Row = {
 }
 
 
-def usage_rows(requests: Iterable[Row], table: Table) -> list[Row]:
-    """Ledger rows as rows of `table`, ROLLUP or TOTALS: one for each hour and UTC day and whatever else its key holds, ordered by that."""
-    names = tuple(column.name for column in table.primary_key.columns)
+def count_usage(requests: Iterable[Row]) -> list[Row]:
+    """Ledger rows as rows of ROLLUP, by hour alone: one for each hour, instance, key and model."""
+    names = tuple(column.name for column in ROLLUP.primary_key.columns)
+    hour = PERIODS_SECONDS[0]
     groups: dict[tuple[Any, ...], Row] = {}
     for request in requests:
-        whose = [request[name] for name in names[2:]]
+        key = (hour, float(request["received_wall"] // hour * hour), *[request[name] for name in names[2:]])
+        group = groups.get(key)
+        if group is None:
+            group = groups[key] = dict(zip(names, key, strict=True)) | _EMPTY
+        _count(group, request)
+    return list(groups.values())
+
+
+def fold_usage(hours: Iterable[Row], table: Table) -> list[Row]:
+    """What `count_usage` counted as rows of `table`, ROLLUP or TOTALS: one for each hour and UTC day and the rest of its key, in its order."""
+    names = tuple(column.name for column in table.primary_key.columns)
+    groups: dict[tuple[Any, ...], Row] = {}
+    for one in hours:
         for period in PERIODS_SECONDS:
-            key = (period, float(request["received_wall"] // period * period), *whose)
+            key = (period, float(one["start_wall"] // period * period), *[one[name] for name in names[2:]])
             group = groups.get(key)
             if group is None:
                 group = groups[key] = dict(zip(names, key, strict=True)) | _EMPTY
-            _count(group, request)
+            _add(group, one)
     return [groups[key] for key in sorted(groups)]
 
 
@@ -83,3 +96,13 @@ def _count(group: Row, request: Row) -> None:
         group["ttft_seconds"] += ttft
         group["max_ttft_seconds"] = max(ttft, group["max_ttft_seconds"] or 0.0)
     group["max_duration_seconds"] = max(request["duration_seconds"], group["max_duration_seconds"] or 0.0)
+
+
+def _add(group: Row, other: Row) -> None:
+    """Add what another group counted, as `usage_upsert` does."""
+    for name in _EMPTY:
+        more, so_far = other[name], group[name]
+        if so_far is None or more is None:
+            group[name] = more if so_far is None else so_far
+        else:
+            group[name] = max(so_far, more) if name.startswith("max_") else so_far + more

@@ -8,13 +8,11 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from sqlalchemy import Insert
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DataError, IntegrityError, StatementError
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from appliance.clock import Clock
 from appliance.events import EngineEvent, RequestRecord, Sample, StoreStats
@@ -22,13 +20,11 @@ from appliance.settings import StoreSettings
 from appliance.store.database import Database
 from appliance.store.rows import TABLES, Record, Row, Verdict, completed, row_of
 from appliance.store.spool import Spool
-from appliance.store.tables import RequestRow
-from appliance.store.tally import ROLLUP, TOTALS, usage_rows, usage_upsert
+from appliance.store.statements import Statements
 
 _log = logging.getLogger(__name__)
 
 _BATCH_ROWS = 256  # of one transaction
-_STATEMENT_ROWS = 64  # of one statement, after which the event loop is free again
 _SPILL_ROWS = 200  # moved to disk at once when the queue is full
 _FLUSH_SECONDS = 30.0  # a flush that takes longer counts as failed
 _CLOSE_SECONDS = 10.0
@@ -76,11 +72,7 @@ class StoreWriter:
         self._spool_failing = False
         self._num_written = self._num_spooled = self._num_dropped = self._num_refused = self._num_flushes = self._num_failed = 0
         self._flush_seconds = 0.0
-        dialect = postgresql if database.dialect == "postgresql" else sqlite
-        self._inserts: dict[str, Insert] = {name: dialect.insert(table).on_conflict_do_nothing() for name, table in TABLES.items()}
-        ledger = TABLES[RequestRow.__tablename__]
-        self._insert_requests = dialect.insert(ledger).on_conflict_do_nothing().returning(ledger.c.id)
-        self._upsert_usage = [(table, usage_upsert(table, database.dialect)) for table in (ROLLUP, TOTALS)]
+        self._statements = Statements(database.dialect)
 
     def put_request(self, record: RequestRecord) -> None:
         """A request finished."""
@@ -232,8 +224,7 @@ class StoreWriter:
                 await self._database.migrate()
             async with asyncio.timeout(_FLUSH_SECONDS):
                 try:
-                    async with self._database.connection() as connection:
-                        await self._insert(connection, rows)
+                    await self._database.write(partial(self._statements.insert, rows=rows))
                     self._num_written += len(rows)
                 except Exception as error:
                     if not _is_invalid(error):
@@ -247,34 +238,10 @@ class StoreWriter:
         self._available = True
         self._backoff = self._settings.flush_seconds
 
-    async def _insert(self, connection: AsyncConnection, rows: list[tuple[str, Row]]) -> None:
-        for name, insert in self._inserts.items():
-            mine = [row for table, row in rows if table == name]
-            if name == RequestRow.__tablename__:
-                await self._insert_ledger(connection, mine)
-                continue
-            for start in range(0, len(mine), _STATEMENT_ROWS):
-                await connection.execute(insert, mine[start : start + _STATEMENT_ROWS])
-
-    async def _insert_ledger(self, connection: AsyncConnection, rows: list[Row]) -> None:
-        """Ledger rows, and the usage of those that were not stored yet."""
-        stored: dict[str, Row] = {}
-        for start in range(0, len(rows), _STATEMENT_ROWS):
-            some = rows[start : start + _STATEMENT_ROWS]
-            new = set((await connection.execute(self._insert_requests, some)).scalars())
-            for row in some:
-                if row["id"] in new:
-                    stored.setdefault(row["id"], row)
-        for table, upsert in self._upsert_usage:
-            usage = usage_rows(stored.values(), table)
-            for start in range(0, len(usage), _STATEMENT_ROWS):
-                await connection.execute(upsert, usage[start : start + _STATEMENT_ROWS])
-
     async def _write_singly(self, rows: list[tuple[str, Row]]) -> None:
         for row in rows:
             try:
-                async with self._database.connection() as connection:
-                    await self._insert(connection, [row])
+                await self._database.write(partial(self._statements.insert, rows=[row]))
                 self._num_written += 1
             except Exception as error:
                 if not _is_invalid(error):

@@ -102,7 +102,7 @@ async def test_everything_can_be_exported(filled: Database, tmp_path: Path) -> N
 async def test_the_database_is_checked_and_vacuumed(filled: Database) -> None:
     """A sound database has no problems; a vacuum keeps every row and does not grow the database."""
     assert await problems(filled) == []
-    async with filled.connection() as connection:
+    async with filled.begin() as connection:
         await connection.execute(text("DELETE FROM requests WHERE num_prompt_tokens > 0"))
     before = await size_bytes(filled)
     await vacuum(filled)

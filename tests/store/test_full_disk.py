@@ -30,7 +30,8 @@ class FullDisk:
     def __init__(self, database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
         self.on = False
         self._write = os.write
-        event.listen(database.engine.sync_engine, "checkout", self._limit)
+        for engine in database.sync_engines:
+            event.listen(engine, "checkout", self._limit)
         monkeypatch.setattr(os, "write", self._full)
 
     def _limit(self, connection: Any, *_: object) -> None:
@@ -135,13 +136,14 @@ async def test_a_database_that_turns_read_only_spools(database: Database, tmp_pa
 
     async def read_only(on: bool) -> None:
         if database.dialect == "postgresql":
-            async with database.connection() as connection:
+            async with database.begin() as connection:
                 await connection.execute(text("SET TRANSACTION READ WRITE"))
                 await connection.execute(text(f"ALTER DATABASE {database.url.database} SET default_transaction_read_only = {'on' if on else 'off'}"))
         await database.engine.dispose()
 
     if database.dialect == "sqlite":
-        event.listen(database.engine.sync_engine, "checkout", lambda connection, *_: _query_only(connection, clock.monotonic() < 2000))
+        for engine in database.sync_engines:
+            event.listen(engine, "checkout", lambda connection, *_: _query_only(connection, clock.monotonic() < 2000))
     await read_only(True)
     for index in range(1, 500):
         writer.put_request(make_record(index))

@@ -16,7 +16,7 @@ from appliance.store.database import Database
 from appliance.store.rollup import roll_up
 from appliance.store.rows import row_of
 from appliance.store.tables import Base, EngineEventRow, RequestRow
-from appliance.store.tally import ROLLUP, TOTALS, usage_rows
+from appliance.store.tally import ROLLUP, TOTALS, count_usage, fold_usage
 from appliance.store.writer import StoreWriter
 
 WALL = 1_700_000_000.0
@@ -31,7 +31,7 @@ async def _columns(database: Database, name: str) -> list[str]:
 
 async def _fill(database: Database, records: list[RequestRecord], samples: list[Sample]) -> None:
     """Rows of a schema of any age: the columns that it does not have are left out."""
-    async with database.connection() as connection:
+    async with database.begin() as connection:
         for record in (*records, *samples):
             name, row = row_of(record, "node-1", "blue")
             table: Table = Base.metadata.tables[name]
@@ -137,14 +137,14 @@ async def test_a_migration_that_fails_changes_nothing(empty_database: Database, 
     database = empty_database
     await database.migrate("0001")
     await _fill(database, _records(make_record), [make_sample(WALL)])
-    async with database.connection() as connection:
+    async with database.begin() as connection:
         await connection.execute(text("CREATE TABLE samples_rollup (x INTEGER)"))
     before = await _content(database, TABLES_OF_0001)
     with pytest.raises(Exception, match="samples_rollup"):
         await database.migrate()
     assert (await database.revision(), await _content(database, TABLES_OF_0001)) == ("0001", before)
     assert "ttft_good" not in await _columns(database, "requests")
-    async with database.connection() as connection:
+    async with database.begin() as connection:
         await connection.execute(text("DROP TABLE samples_rollup"))
     await database.migrate()
     await _check_usage(database)
@@ -155,7 +155,7 @@ async def _check_usage(database: Database) -> None:
         ledger = [dict(row) for row in (await session.execute(select(RequestRow.__table__))).mappings()]
         for table in (ROLLUP, TOTALS):
             stored = [dict(row) for row in (await session.execute(select(table).order_by(*table.primary_key.columns))).mappings()]
-            expected = usage_rows(ledger, table)
+            expected = fold_usage(count_usage(ledger), table)
             assert len(stored) == len(expected) > 0
             for found, computed in zip(stored, expected, strict=True):
                 for name, value in computed.items():

@@ -47,7 +47,7 @@ async def test_downgrade_and_upgrade_round_trip(empty_database: Database) -> Non
 async def test_a_newer_schema_is_refused_in_words(empty_database: Database) -> None:
     """A database that a newer version has migrated is left alone, and the message says what to do."""
     await empty_database.migrate()
-    async with empty_database.connection() as connection:
+    async with empty_database.begin() as connection:
         await connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
     with pytest.raises(MigrationFailed, match="newer version"):
         await empty_database.migrate()

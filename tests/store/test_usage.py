@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from appliance.store import queries
 from appliance.store.database import Database
 from appliance.store.queries import Prices
 from appliance.store.tables import RequestRow
-from appliance.store.tally import ROLLUP, TOTALS, usage_rows
+from appliance.store.tally import ROLLUP, TOTALS, count_usage, fold_usage
 from appliance.store.writer import StoreWriter
 
 DAY = 86400.0
@@ -59,7 +58,7 @@ async def _check(database: Database) -> None:
     """What is stored as usage is what the ledger adds up to."""
     ledger = await _stored(database, RequestRow.__table__)
     for table in (ROLLUP, TOTALS):
-        stored, expected = await _stored(database, table), usage_rows(ledger, table)
+        stored, expected = await _stored(database, table), fold_usage(count_usage(ledger), table)
         assert len(stored) == len(expected)
         for found, computed in zip(stored, expected, strict=True):
             assert found.keys() == computed.keys()
@@ -93,18 +92,16 @@ async def test_usage_equals_the_ledger(database: Database, tmp_path: Path, make_
 async def test_an_unheard_commit_counts_once(database: Database, tmp_path: Path, make_record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection breaks after the commit, the rows spool and are sent again beside new ones: the ledger ignores them, and so does usage."""
     writer = _writer(database, tmp_path)
-    real = database.connection
+    real = database.write
 
-    @asynccontextmanager
-    async def unheard() -> Any:
-        async with real() as connection:
-            yield connection
+    async def unheard(work: Any) -> Any:
+        await real(work)
         raise ConnectionResetError("the answer to COMMIT was lost")
 
     for index in range(20):
         writer.put_request(make_record(index))
     with monkeypatch.context() as patch:
-        patch.setattr(database, "connection", unheard)
+        patch.setattr(database, "write", unheard)
         await writer.flush()
     assert writer.stats.num_spooled_rows == 20
     for index in range(15, 25):

@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import shutil
 import sqlite3
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from sqlalchemy import func, select, text
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import Connection, func, select, text
 
 from appliance.clock import ManualClock
 from appliance.events import EngineEvent, LedgerState, RequestRecord, Sample
@@ -33,18 +31,17 @@ class Outage:
     def __init__(self, database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
         self.on = False
         self.after_commit = False
-        real = database.connection
+        real = database.write
 
-        @asynccontextmanager
-        async def connection() -> AsyncIterator[AsyncConnection]:
+        async def write(work: Callable[[Connection], Any]) -> Any:
             if self.on and not self.after_commit:
                 raise ConnectionRefusedError("the database is away")
-            async with real() as connection:
-                yield connection
+            done = await real(work)
             if self.on:
                 raise ConnectionResetError("the answer to COMMIT was lost")
+            return done
 
-        monkeypatch.setattr(database, "connection", connection)
+        monkeypatch.setattr(database, "write", write)
 
 
 def _writer(database: Database, folder: Path, clock: ManualClock | None = None, **settings: Any) -> StoreWriter:
@@ -191,13 +188,11 @@ async def test_close_spools_what_the_database_does_not_take(
     writer = _writer(database, tmp_path)
     monkeypatch.setattr("appliance.store.writer._CLOSE_SECONDS", 0.05)
 
-    @asynccontextmanager
-    async def hanging() -> AsyncIterator[AsyncConnection]:
+    async def hanging(_: Callable[[Connection], Any]) -> None:
         await asyncio.sleep(3600)
-        yield  # type: ignore[misc]
 
     with monkeypatch.context() as patch:
-        patch.setattr(database, "connection", hanging)
+        patch.setattr(database, "write", hanging)
         writer.start()
         for index in range(300):
             writer.put_request(make_record(index))
@@ -265,13 +260,13 @@ async def test_hostile_text_is_stored(database: Database, tmp_path: Path, make_r
 
 async def test_a_missing_table_loses_no_row(database: Database, tmp_path: Path, make_record: Record) -> None:
     """A table that is not there is the database's fault, not the row's: rows wait until it is."""
-    async with database.connection() as connection:
+    async with database.begin() as connection:
         await connection.execute(text("ALTER TABLE requests RENAME TO elsewhere"))
     writer = _writer(database, tmp_path)
     writer.put_request(make_record(1))
     await writer.flush()
     assert (writer.stats.num_spooled_rows, writer.stats.num_refused_rows) == (1, 0)
-    async with database.connection() as connection:
+    async with database.begin() as connection:
         await connection.execute(text("ALTER TABLE elsewhere RENAME TO requests"))
     await writer.flush()
     assert len(await _ids(database)) == 1
@@ -346,7 +341,7 @@ async def test_postgresql_stops_and_comes_back(cluster: Any, tmp_path: Path, mak
     await writer.close()
     assert len(await _ids(database)) == 600
     assert (writer.stats.num_dropped_rows, writer.stats.num_refused_rows, writer.stats.num_spooled_rows) == (0, 0, 0)
-    async with database.connection() as connection:
+    async with database.begin() as connection:
         await connection.execute(text("DROP SCHEMA public CASCADE"))
         await connection.execute(text("CREATE SCHEMA public"))
     await database.close()
