@@ -1,13 +1,14 @@
 """What measuring costs: the same load on a server with everything on and on one with metrics and SQL off, in interleaved pairs.
 
-    python benchmarks/metrics_cost.py                                                        # the embedded model, on whatever is there
+    python benchmarks/metrics_cost.py --pairs-per-start 1                                    # the embedded model, on whatever is there
     python benchmarks/metrics_cost.py --model dummy:SHAPE --concurrency 128 --per-stream 4   # a GPU
 
-Both servers are up during the whole run, in state folders of their own that share the compiled kernels, with the same number of KV blocks;
+Both servers are up beside each other, in state folders of their own that share the compiled kernels, with the same number of KV blocks;
 the one that is not measured is stopped (SIGSTOP), so that its idle work costs the other nothing. Each pair runs the same prompts on both,
 through `appliance bench`, in an order that changes from pair to pair; no two pairs share a prompt. On means metrics with both compatible
 namespaces, SQL, the policy loop, and a scrape in OpenMetrics every few seconds; off is `metrics.enabled = store.enabled = false` and no
-policy loop. The ledger and the engine's reports are part of both.
+policy loop. The ledger and the engine's reports are part of both. A process keeps a speed of its own while it lives, by where its memory lies
+(a percent either way on a CPU): --pairs-per-start says how often both are started anew.
 
 For each figure: the mean of the pairs' relative differences (on - off) / off and its 95 % confidence interval (Student's t). Exit status 1 if an
 interval does not lie within --limit. It needs a quiet machine.
@@ -30,7 +31,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="embedded", help="embedded, a folder, a GGUF file or dummy:FOLDER (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (%(default)s)")
     parser.add_argument("--pairs", type=int, default=20, help="runs of each side (%(default)s)")
+    parser.add_argument("--pairs-per-start", type=int, default=0, help="start both servers anew after so many pairs (0: never)")
     parser.add_argument("--concurrency", type=int, default=8, help="streams (%(default)s)")
     parser.add_argument("--per-stream", type=int, default=2, help="requests of a stream in a run (%(default)s)")
     parser.add_argument("--input-len", type=int, default=128)
@@ -217,7 +219,7 @@ def measure(server: Server, arguments: argparse.Namespace, seed: int, per_stream
             before = server.cpu_seconds()
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
             after = server.cpu_seconds()
-            if done.returncode not in (0, 1):
+            if done.returncode not in (0, 1) or not Path(file.name).stat().st_size:
                 raise SystemExit(done.stdout.decode(errors="replace"))
             level = json.loads(Path(file.name).read_text())["levels"][0]
     finally:
@@ -230,6 +232,20 @@ def measure(server: Server, arguments: argparse.Namespace, seed: int, per_stream
         engine_cpu_per_token=(after[1] - before[1]) / num_tokens,
         num_failed=level["num_failed"],
     )
+
+
+def measure_pair(servers: Mapping[str, Server], arguments: argparse.Namespace, number: int) -> dict[str, Run]:
+    """One run of each side, and a line of it."""
+    order = SIDES if number % 2 == 0 else SIDES[::-1]
+    pair = {side: measure(servers[side], arguments, seed=number, per_stream=arguments.per_stream) for side in order}
+    on, off = pair["on"], pair["off"]
+    cpu = [(run.server_cpu_per_token + run.engine_cpu_per_token) * 1e6 for run in (off, on)]
+    print(
+        f"pair {number + 1:2d}: off {off.tokens_per_second:,.1f} tok/s, on {on.tokens_per_second:,.1f} "
+        f"({on.tokens_per_second / off.tokens_per_second - 1:+.2%}); CPU {cpu[0]:.2f} and {cpu[1]:.2f} us/token ({cpu[1] / cpu[0] - 1:+.2%})",
+        flush=True,
+    )
+    return pair
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float, float]:
@@ -276,20 +292,15 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         folder = Path(arguments.state_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
-        servers = stack.enter_context(both(arguments, folder))
-        for side in SIDES:  # caches warm, and nothing left to do when idle: both sides run the same kernels from the first pair on
-            measure(servers[side], arguments, seed=1_000_000, per_stream=max(1, arguments.per_stream // 2))
-            servers[side].settle(arguments.idle_work_seconds)
         pairs: list[dict[str, Run]] = []
-        for number in range(arguments.pairs):
-            order = SIDES if number % 2 == 0 else SIDES[::-1]
-            pairs.append({side: measure(servers[side], arguments, seed=number, per_stream=arguments.per_stream) for side in order})
-            on, off = pairs[-1]["on"], pairs[-1]["off"]
-            print(
-                f"pair {number + 1:2d}: off {off.tokens_per_second:,.1f} tok/s, on {on.tokens_per_second:,.1f} tok/s "
-                f"({on.tokens_per_second / off.tokens_per_second - 1:+.2%})",
-                flush=True,
-            )
+        while len(pairs) < arguments.pairs:
+            first = len(pairs)
+            last = min(first + arguments.pairs_per_start, arguments.pairs) if arguments.pairs_per_start else arguments.pairs
+            with both(arguments, folder) as servers:
+                for side in SIDES:  # caches warm, and nothing left to do when idle: both sides run the same kernels from the first pair on
+                    measure(servers[side], arguments, seed=1_000_000 + first, per_stream=max(1, arguments.per_stream // 2))
+                    servers[side].settle(arguments.idle_work_seconds)
+                pairs += [measure_pair(servers, arguments, number) for number in range(first, last)]
     rows, within = report(pairs, arguments.limit)
     cells = [
         (

@@ -97,8 +97,9 @@ class HardwareReader:
     def read(self) -> HardwareReading:
         """Take a reading now, in this thread, and make it the latest."""
         memory = psutil.virtual_memory()
+        at = self._clock.monotonic()
         self.latest = HardwareReading(
-            at=self._clock.monotonic(),
+            at=at,
             num_cpus=len(os.sched_getaffinity(0)),
             cpu_utilisation=psutil.cpu_percent() / 100,
             memory_used_bytes=memory.total - memory.available,
@@ -106,7 +107,7 @@ class HardwareReader:
             disk_free_bytes=self._disk_free(),
             server=_read_process(self._server),
             engine=_read_process(self._engine_process()),
-            gpus=self._nvml.read() if self._nvml is not None else (),
+            gpus=self._nvml.read(at) if self._nvml is not None else (),
         )
         return self.latest
 

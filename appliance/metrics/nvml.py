@@ -6,6 +6,7 @@ https://docs.nvidia.com/deploy/nvml-api/
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 from appliance.metrics.labels import THROTTLE_REASONS
 
 _THROTTLE_BITS = dict(zip(THROTTLE_REASONS, (0x4, 0x8, 0x10, 0x20, 0x40, 0x80), strict=True))  # nvmlClocksEventReason*; idle and set clocks are none
+_COUNTER_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,32 @@ class GpuReading:
     num_xid_errors: int = 0  # since the reader was opened
 
 
+class EnergyCounter:
+    """A GPU's joules. Reading the driver's counter takes 4 ms of CPU, its power a hundredth of that: the counter is read every ten seconds (always,
+    where there is no power), and in between the power is added up from there. Falls only if the driver's does."""
+
+    def __init__(self) -> None:
+        self._counter: float | None = None
+        self._counted_at = self._at = -math.inf
+        self._watts: float | None = None
+        self._since = self._told = 0.0
+
+    def read(self, at: float, watts: float | None, counter: Callable[[], float | None]) -> float | None:
+        """Joules at `at`, where the power is `watts`; `counter` reads the driver's. None where that says nothing."""
+        if self._counter is None or watts is None or self._watts is None or at - self._counted_at >= _COUNTER_SECONDS:
+            before, self._counter = self._counter, counter()
+            self._counted_at, self._since = at, 0.0
+            if self._counter is None or before is None or self._counter < before:
+                self._told = 0.0
+        else:
+            self._since += watts * (at - self._at)  # on Hopper the mean of the last second, which is how often we read
+        self._at, self._watts = at, watts
+        if self._counter is None:
+            return None
+        self._told = max(self._told, self._counter + self._since)
+        return self._told
+
+
 class Nvml:
     """The GPUs that CUDA_VISIBLE_DEVICES leaves to us. Each read takes some milliseconds of driver calls: keep it off the event loop."""
 
@@ -44,6 +72,7 @@ class Nvml:
         self._library = library
         self._devices: list[tuple[int, Any, str, str]] = []  # (index, handle, name, uuid)
         self._num_xid_errors: dict[int, int] = {}
+        self._energy: dict[int, EnergyCounter] = {}
         for index in range(self._ask(library.nvmlDeviceGetCount) or 0):
             handle = self._ask(library.nvmlDeviceGetHandleByIndex, index)
             if handle is None:
@@ -71,10 +100,10 @@ class Nvml:
         """GPUs that are read."""
         return len(self._devices)
 
-    def read(self) -> tuple[GpuReading, ...]:
-        """Every GPU now, in CUDA's order: the first is the engine's."""
+    def read(self, at: float) -> tuple[GpuReading, ...]:
+        """Every GPU now, `at` (CLOCK_MONOTONIC), in CUDA's order: the first is the engine's."""
         self._count_xid()
-        return tuple(self._read(*device) for device in self._devices)
+        return tuple(self._read(at, *device) for device in self._devices)
 
     def close(self) -> None:
         """Let go of the driver."""
@@ -82,10 +111,11 @@ class Nvml:
             self._ask(self._library.nvmlEventSetFree, self._events)
         self._ask(self._library.nvmlShutdown)
 
-    def _read(self, index: int, handle: Any, name: str, uuid: str) -> GpuReading:
+    def _read(self, at: float, index: int, handle: Any, name: str, uuid: str) -> GpuReading:
         library, ask = self._library, self._ask
         rates, memory = ask(library.nvmlDeviceGetUtilizationRates, handle), ask(library.nvmlDeviceGetMemoryInfo, handle)
-        milliwatts, millijoules = ask(library.nvmlDeviceGetPowerUsage, handle), ask(library.nvmlDeviceGetTotalEnergyConsumption, handle)
+        milliwatts = ask(library.nvmlDeviceGetPowerUsage, handle)
+        watts = None if milliwatts is None else milliwatts / 1e3
         sm_mhz = ask(library.nvmlDeviceGetClockInfo, handle, library.NVML_CLOCK_SM)
         memory_mhz = ask(library.nvmlDeviceGetClockInfo, handle, library.NVML_CLOCK_MEM)
         throttle = ask(library.nvmlDeviceGetCurrentClocksThrottleReasons, handle) or 0
@@ -97,14 +127,18 @@ class Nvml:
             memory_utilisation=None if rates is None else rates.memory / 100,
             memory_used_bytes=None if memory is None else int(memory.used),
             memory_bytes=None if memory is None else int(memory.total),
-            power_watts=None if milliwatts is None else milliwatts / 1e3,
-            energy_joules=None if millijoules is None else millijoules / 1e3,
+            power_watts=watts,
+            energy_joules=self._energy.setdefault(index, EnergyCounter()).read(at, watts, lambda: self._joules(handle)),
             temperature_celsius=ask(library.nvmlDeviceGetTemperature, handle, library.NVML_TEMPERATURE_GPU),
             sm_clock_hertz=None if sm_mhz is None else sm_mhz * 1e6,
             memory_clock_hertz=None if memory_mhz is None else memory_mhz * 1e6,
             throttle_reasons=frozenset(reason for reason, bit in _THROTTLE_BITS.items() if throttle & bit),
             num_xid_errors=self._num_xid_errors.get(index, 0),
         )
+
+    def _joules(self, handle: Any) -> float | None:
+        millijoules = self._ask(self._library.nvmlDeviceGetTotalEnergyConsumption, handle)
+        return None if millijoules is None else float(millijoules / 1e3)
 
     def _watch_xid(self) -> Any | None:
         """An event set of XID errors; None where the driver offers none."""

@@ -11,12 +11,12 @@ import pytest
 
 from appliance.clock import ManualClock
 from appliance.metrics.hardware import HardwareReader, detect_device
-from appliance.metrics.nvml import Nvml
+from appliance.metrics.nvml import EnergyCounter, Nvml
 
 
 def test_gpu_values_are_in_base_units(fake_nvml: Any) -> None:
     """Milliwatts become watts, millijoules joules, megahertz hertz, percent shares; reasons are named; what is not supported is None."""
-    first, second = Nvml(fake_nvml, None).read()
+    first, second = Nvml(fake_nvml, None).read(0.0)
     assert (first.name, first.uuid, first.utilisation, first.memory_utilisation) == ("NVIDIA H100", "GPU-handle0", 0.75, 0.4)
     assert (first.power_watts, first.energy_joules, first.temperature_celsius) == (350.0, 5000.0, 60)
     assert (first.sm_clock_hertz, first.memory_clock_hertz) == (1.98e9, 2.619e9)
@@ -25,13 +25,39 @@ def test_gpu_values_are_in_base_units(fake_nvml: Any) -> None:
     assert (second.index, second.energy_joules, second.throttle_reasons, second.power_watts) == (1, None, frozenset(), 350.0)
 
 
+def test_energy_follows_the_counter_and_between_its_readings_the_power() -> None:
+    """The driver's counter is read every ten seconds; power is added in between, what that was wrong by is gone with the next reading, and joules
+    never fall, unless the counter began anew. Without power the counter is read every time; without a counter there are no joules."""
+    energy, asked = EnergyCounter(), []
+
+    def at(second: float, watts: float | None, counter: float | None) -> float | None:
+        def read() -> float | None:
+            asked.append(second)
+            return counter
+
+        return energy.read(second, watts, read)
+
+    assert at(0, 100.0, 5000.0) == 5000.0
+    assert [at(second, 100.0, 0.0) for second in range(1, 10)] == [5000.0 + 100.0 * second for second in range(1, 10)]
+    assert at(10, 100.0, 6200.0) == 6200.0  # it drew more than its power said
+    assert at(11, 500.0, 0.0) == 6700.0
+    assert at(20, 500.0, 6500.0) == 6700.0  # and now less: it waits for the counter
+    assert at(21, 100.0, 0.0) == 6700.0
+    assert at(24, 100.0, 0.0) == 6900.0
+    assert at(30, 100.0, 50.0) == 50.0
+    assert asked == [0, 10, 20, 30]
+    assert [at(second, None, 60.0 + second) for second in (31, 32)] == [91.0, 92.0]
+    assert at(33, 100.0, None) is None
+    assert asked == [0, 10, 20, 30, 31, 32, 33]
+
+
 def test_xid_errors_are_counted_by_gpu(fake_nvml: Any) -> None:
     """Each error that the driver reports counts once, for its GPU."""
     nvml = Nvml(fake_nvml, None)
     assert fake_nvml.registered == ["handle0", "handle1"]
     fake_nvml.xid += ["handle1", "handle1", "handle0"]
-    assert [gpu.num_xid_errors for gpu in nvml.read()] == [1, 2]
-    assert [gpu.num_xid_errors for gpu in nvml.read()] == [1, 2]
+    assert [gpu.num_xid_errors for gpu in nvml.read(0.0)] == [1, 2]
+    assert [gpu.num_xid_errors for gpu in nvml.read(0.0)] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -40,7 +66,7 @@ def test_xid_errors_are_counted_by_gpu(fake_nvml: Any) -> None:
 )
 def test_only_visible_gpus_are_read(visible: str | None, indices: list[int], fake_nvml: Any) -> None:
     """CUDA_VISIBLE_DEVICES decides, by CUDA's own rule."""
-    assert [gpu.index for gpu in Nvml(fake_nvml, visible).read()] == indices
+    assert [gpu.index for gpu in Nvml(fake_nvml, visible).read(0.0)] == indices
 
 
 def test_no_driver_means_no_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,4 +133,4 @@ def test_the_thread_reads_and_survives_failures(tmp_path: Path, fake_nvml: Any) 
 @pytest.mark.parametrize(("visible", "indices"), [(None, [0, 1]), ("1,0", [1, 0]), ("GPU-handle1,GPU-handle0", [1, 0]), ("1", [1])])
 def test_the_engines_gpu_comes_first(fake_nvml: Any, visible: str | None, indices: list[int]) -> None:
     """In CUDA's order, which CUDA_VISIBLE_DEVICES names: the first is device 0, whose energy is the engine's."""
-    assert [gpu.index for gpu in Nvml(fake_nvml, visible).read()] == indices
+    assert [gpu.index for gpu in Nvml(fake_nvml, visible).read(0.0)] == indices
