@@ -29,7 +29,7 @@ from appliance.store import queries
 from appliance.store.database import Database
 from appliance.store.queries import Prices, RequestFilter
 from appliance.store.tables import Base
-from appliance.store.tally import ROLLUP, TOTALS, usage_rows
+from appliance.store.tally import ROLLUP, TOTALS, fold_usage
 
 DAY = 86400.0
 NOW = 1_760_000_000.0
@@ -52,7 +52,7 @@ def fill(path: Path, *, num_requests: int, seed: int = 0) -> None:
     while rows := cursor.fetchmany(100_000):
         requests = [dict(zip(columns, row, strict=True)) for row in rows]
         for table in (ROLLUP, TOTALS):
-            for row in usage_rows(requests, table):
+            for row in fold_usage(requests, table):
                 _add(usage[table.name], row, table)
     for name, merged in usage.items():
         _insert(connection, name, iter(merged.values()))

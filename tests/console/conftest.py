@@ -42,7 +42,7 @@ async def database(seeded: tuple[Path, float], tmp_path: Path) -> AsyncIterator[
     shutil.copy(seeded[0], path)
     database = Database(f"sqlite+aiosqlite:///{path}")
     late = {"late": time.time() - seeded[1]}
-    async with database.connection() as connection:
+    async with database.begin() as connection:
         for table, column in (("samples", "at_wall"), ("requests", "received_wall"), ("engine_events", "at_wall"), ("scale_decisions", "at_wall")):
             await connection.execute(text(f"UPDATE {table} SET {column} = {column} + :late"), late)  # noqa: S608 - our own names
         await connection.execute(text("UPDATE scale_decisions SET expires_wall = expires_wall + :late"), late)

@@ -271,7 +271,7 @@ async def seed(database: Database, now: float, *, seconds: float = 3600.0, num_r
     await database.migrate()
     events = [EngineEvent("started", now - 3600, "python -m appliance.engine.process", 71), EngineEvent("ready", now - 3592, "after 7.4 s", 71)]
     records = [make_record(now - 2.0, index) for index in range(num_requests)]
-    async with database.connection() as connection:
+    async with database.begin() as connection:
         for rows in (list(make_samples(now, seconds)), records, events):
             named = [row_of(row, INSTANCE, "blue") for row in rows]
             name = named[0][0]

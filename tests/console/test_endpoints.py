@@ -263,7 +263,7 @@ async def test_without_a_store_the_rest_works(tmp_path: Path) -> None:
 
 async def test_while_the_database_is_away_the_page_is_told(database: Database, server: ConsoleServer) -> None:
     """503 with Retry-After and no traceback; live numbers go on."""
-    async with database.connection() as connection:
+    async with database.begin() as connection:
         for table in ("requests", "samples", "engine_events"):
             await connection.execute(text(f"ALTER TABLE {table} RENAME TO {table}_away"))
     for path in ("history", "requests", "requests/x", "events"):

@@ -107,6 +107,25 @@ def test_host_and_processes_are_read(tmp_path: Path) -> None:
     assert HardwareReader(clock=ManualClock(), state_dir=tmp_path / "gone").read().disk_free_bytes is None
 
 
+def test_the_host_is_read_less_often_than_the_gpus(tmp_path: Path, fake_nvml: Any) -> None:
+    """Within five seconds of a whole reading only time and GPUs are new, unless the engine is another process."""
+    clock, pid = ManualClock(), [os.getpid()]
+    reader = HardwareReader(clock=clock, state_dir=tmp_path, engine_pid=lambda: pid[0], nvml=Nvml(fake_nvml, None))
+    first = reader._read_due()
+    clock.advance(4.9)
+    fake_nvml.xid += ["handle1"]
+    second = reader._read_due()
+    assert (second.at, second.server, second.engine) == (first.at + 4.9, first.server, first.engine)
+    assert second.server is first.server
+    assert second.gpus[1].num_xid_errors == 1
+    assert reader.latest is second
+    pid[0] = os.getppid()
+    third = reader._read_due()
+    assert third.server is not first.server
+    clock.advance(5.0)
+    assert reader._read_due().server is not third.server
+
+
 def test_the_thread_reads_and_survives_failures(tmp_path: Path, fake_nvml: Any) -> None:
     """Readings go on after one that failed, and `stop` ends the thread and lets go of the driver."""
     calls: list[int] = []
