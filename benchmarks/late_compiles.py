@@ -1,16 +1,18 @@
 """Kernels that Triton compiles while an engine serves: each stalls every stream for as long as it takes. There should be none.
 
-    python benchmarks/late_compiles.py dummy:SHAPE [--filters] [--json FILE]
+    python benchmarks/late_compiles.py dummy:SHAPE [--filters] [--cache-dir FOLDER] [--json FILE]
 
-Starts an engine with an empty kernel cache and runs, without HTTP, loads that meet many shapes of steps: one to 256 sequences at once, prompts of one
-token to 1,500, repeated prompts that the prefix cache answers, greedy and sampled rows. With --filters it first does all idle work, then samples
-with top-k, top-p and min-p too. Prints each late compilation with its kernel, constants and seconds, and the longest step; exit status 1 if any.
+Starts an engine with an empty kernel cache (or that of --cache-dir, as a server's state folder has it) and runs, without HTTP, loads that meet many
+shapes of steps: one to 256 sequences at once, prompts of one token to 1,500, repeated prompts that the prefix cache answers, greedy and sampled
+rows. With --filters it first does all idle work, then samples with top-k, top-p and min-p too. Prints each late compilation with its kernel,
+constants and seconds, and the longest step; exit status 1 if any.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import sys
 import tempfile
@@ -77,12 +79,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a folder, a GGUF file or dummy:FOLDER")
     parser.add_argument("--filters", action="store_true", help="do the idle work first, then sample with filters too")
+    parser.add_argument("--cache-dir", metavar="FOLDER", help="keep compiled kernels there (default: a new folder)")
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
     began = time.perf_counter()
-    start = Start(model_path=arguments.model, cache_dir=tempfile.mkdtemp(), context_length=4096)
+    cache = arguments.cache_dir or tempfile.mkdtemp()
+    os.environ["TRITON_CACHE_DIR"], os.environ["APPLIANCE_CACHE_DIR"] = os.path.join(cache, "triton"), cache
+    start = Start(model_path=arguments.model, cache_dir=cache, context_length=4096)
     engine, ready = build_engine(start, _Silent(), lambda _: None)
-    print(f"{ready.device}: ready after {time.perf_counter() - began:.1f} s with an empty cache", flush=True)
+    print(f"{ready.device}: engine built in {time.perf_counter() - began:.1f} s, kernels in {cache}", flush=True)
     began = time.perf_counter()
     while arguments.filters and engine.runner.capture_next_graph(lambda: None):
         pass

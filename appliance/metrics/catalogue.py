@@ -229,7 +229,7 @@ CATALOGUE: tuple[Metric, ...] = (
     _gauge("process_open_fds", "", "host", "Open file descriptors of our processes.", "process"),
     _gauge("process_threads", "", "host", "Threads of our processes.", "process"),
     _histogram(
-        "event_loop_lag_seconds", "seconds", "host", buckets.LAG, "How late the server's event loop runs a callback that is due, ten times a second."
+        "event_loop_lag_seconds", "seconds", "host", buckets.LAG, "How late the server's event loop runs a callback that is due, five times a second."
     ),
     _gauge("host_cpus", "", "host", "CPUs of the host that we may use."),
     _gauge("host_cpu_utilisation_ratio", "ratio", "host", "Busy share of the host's CPUs over the last reading period."),
