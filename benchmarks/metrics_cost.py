@@ -171,11 +171,11 @@ class Server:
 
 
 @contextlib.contextmanager
-def both(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str, Server]]:
+def both(arguments: argparse.Namespace, folder: Path, order: Sequence[str]) -> Iterator[dict[str, Server]]:
     """Both servers, ready and paused; ended with the block. They start one after the other: a load beside a load says nothing."""
     servers: dict[str, Server] = {}
     try:
-        for side in SIDES:
+        for side in order:
             servers[side] = Server(side, arguments, folder)
             servers[side].wait_ready()
             servers[side].pause()
@@ -236,8 +236,7 @@ def measure(server: Server, arguments: argparse.Namespace, seed: int, per_stream
 
 def measure_pair(servers: Mapping[str, Server], arguments: argparse.Namespace, number: int) -> dict[str, Run]:
     """One run of each side, and a line of it."""
-    order = SIDES if number % 2 == 0 else SIDES[::-1]
-    pair = {side: measure(servers[side], arguments, seed=number, per_stream=arguments.per_stream) for side in order}
+    pair = {side: measure(servers[side], arguments, seed=number, per_stream=arguments.per_stream) for side in _order(number // 2)}
     on, off = pair["on"], pair["off"]
     cpu = [(run.server_cpu_per_token + run.engine_cpu_per_token) * 1e6 for run in (off, on)]
     print(
@@ -296,8 +295,9 @@ def main() -> int:
         while len(pairs) < arguments.pairs:
             first = len(pairs)
             last = min(first + arguments.pairs_per_start, arguments.pairs) if arguments.pairs_per_start else arguments.pairs
-            with both(arguments, folder) as servers:
-                for side in SIDES:  # caches warm, and nothing left to do when idle: both sides run the same kernels from the first pair on
+            order = _order(first)  # of the starts too: who comes second finds other memory
+            with both(arguments, folder, order) as servers:
+                for side in order:  # caches warm, and nothing left to do when idle: both sides run the same kernels from the first pair on
                     measure(servers[side], arguments, seed=1_000_000 + first, per_stream=max(1, arguments.per_stream // 2))
                     servers[side].settle(arguments.idle_work_seconds)
                 pairs += [measure_pair(servers, arguments, number) for number in range(first, last)]
@@ -319,6 +319,10 @@ def main() -> int:
         runs = [{side: {name: getattr(run, name) for name in Run.__slots__} for side, run in pair.items()} for pair in pairs]
         Path(arguments.json).write_text(json.dumps({"options": vars(arguments), "rows": rows, "pairs": runs}, indent=2) + "\n")
     return 0 if within and not failed else 1
+
+
+def _order(number: int) -> tuple[str, str]:
+    return ("off", "on") if number % 2 == 0 else ("on", "off")
 
 
 def _free_port() -> int:
