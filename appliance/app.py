@@ -37,7 +37,7 @@ from appliance.events import EngineEvent, StepStats
 from appliance.logs import EngineLines, configure_logs
 from appliance.metrics.event_loop import LoopLag
 from appliance.metrics.goodput import choose_slo, judge
-from appliance.metrics.hardware import HardwareReader, HardwareReading, detect_device
+from appliance.metrics.hardware import HOST_SECONDS, HardwareReader, HardwareReading, detect_device
 from appliance.metrics.nvml import Nvml
 from appliance.metrics.recorder import Recorder
 from appliance.metrics.sampler import Sampler
@@ -163,6 +163,7 @@ class Appliance:
             state_dir=folder.path,
             engine_pid=lambda: self.engine.pid,
             nvml=nvml,
+            host_seconds=min(HOST_SECONDS, settings.metrics.sample_seconds),  # a sample holds what the processes took since the one before
             on_reading=_on_this_loop(self.recorder.on_hardware),
         )
         self.recorder.bind_engine(self.engine)

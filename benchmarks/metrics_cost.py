@@ -5,7 +5,7 @@
 
 Both servers are up beside each other, in state folders of their own that share the compiled kernels, with the same number of KV blocks;
 the one that is not measured is stopped (SIGSTOP), so that its idle work costs the other nothing. Each pair runs the same prompts on both,
-through `appliance bench`, in an order that changes from pair to pair; no two pairs share a prompt. On means metrics with both compatible
+through `appliance bench`, in an order that changes; no two pairs share a prompt. On means metrics with both compatible
 namespaces, SQL, the policy loop, and a scrape in OpenMetrics every few seconds; off is `metrics.enabled = store.enabled = false` and no
 policy loop. The ledger and the engine's reports are part of both. A process keeps a speed of its own while it lives, by where its memory lies
 (a percent either way on a CPU): --pairs-per-start says how often both are started anew.
@@ -295,7 +295,7 @@ def main() -> int:
         while len(pairs) < arguments.pairs:
             first = len(pairs)
             last = min(first + arguments.pairs_per_start, arguments.pairs) if arguments.pairs_per_start else arguments.pairs
-            order = _order(first)  # of the starts too: who comes second finds other memory
+            order = _order(first // (arguments.pairs_per_start or 1))  # of the starts too: who comes second finds other memory
             with both(arguments, folder, order) as servers:
                 for side in order:  # caches warm, and nothing left to do when idle: both sides run the same kernels from the first pair on
                     measure(servers[side], arguments, seed=1_000_000 + first, per_stream=max(1, arguments.per_stream // 2))

@@ -29,7 +29,7 @@ from appliance.store import queries
 from appliance.store.database import Database
 from appliance.store.queries import Prices, RequestFilter
 from appliance.store.tables import Base
-from appliance.store.tally import ROLLUP, TOTALS, fold_usage
+from appliance.store.tally import ROLLUP, TOTALS, count_usage, fold_usage
 
 DAY = 86400.0
 NOW = 1_760_000_000.0
@@ -51,8 +51,9 @@ def fill(path: Path, *, num_requests: int, seed: int = 0) -> None:
     usage: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {ROLLUP.name: {}, TOTALS.name: {}}
     while rows := cursor.fetchmany(100_000):
         requests = [dict(zip(columns, row, strict=True)) for row in rows]
+        hours = count_usage(requests)
         for table in (ROLLUP, TOTALS):
-            for row in fold_usage(requests, table):
+            for row in fold_usage(hours, table):
                 _add(usage[table.name], row, table)
     for name, merged in usage.items():
         _insert(connection, name, iter(merged.values()))

@@ -19,7 +19,7 @@ _READ_BYTES = 1 << 16
 _LINE_BYTES = 400
 _PR_SET_PDEATHSIG = 1
 
-# glibc asks the kernel for huge pages for what malloc maps: a CPU's steps read all weights from there, 2 % faster. It looks before our first line.
+# glibc asks the kernel for huge pages for what malloc maps: a CPU's steps read all weights from there, 1.5 % faster. It looks before our first line.
 _ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 # -P keeps the working folder off sys.path: in a checkout, its folder `kernels` would pass for the package that transformers looks for.

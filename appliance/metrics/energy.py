@@ -22,8 +22,9 @@ class Interval:
 class EnergyAccount:
     """Fed with every reading of the device; all joules that it drew go to serving or to idle, none twice.
 
-    An interval's joules are the difference of NVML's energy counter or, where there is none, the mean of the power at its two ends times its
-    length. Of an interval with work in it, the time without work is idle at the power last seen in an interval without any; the rest is serving.
+    An interval's joules are the difference of its readings' energy (nvml.EnergyCounter) or, where there is none, the mean of the power at its two
+    ends times its length. Of an interval with work in it, the time without work is idle at the power last seen in an interval without any; the
+    rest is serving.
 
     `price_watts` is what a busy second costs from now on. Requests end between readings, so they are charged at the price of the recent past;
     what that was wrong by is spread over the next intervals, so that all charges follow the serving joules.
@@ -60,7 +61,7 @@ class EnergyAccount:
         charged = (self.price_watts or 0.0) * self._busy_seconds
         self._joules = self._seconds = self._busy_seconds = 0.0
         if busy == 0.0:
-            self.idle_watts = joules / seconds if seconds > 0 else self.idle_watts
+            self.idle_watts = self._power(joules, seconds)
             idle = joules
         elif self.idle_watts is None:
             idle = joules * (1 - busy / seconds)
@@ -73,6 +74,13 @@ class EnergyAccount:
         if busy > 0.0:
             self._price(serving, busy, seconds)
         return Interval(serving, idle)
+
+    def _power(self, joules: float, seconds: float) -> float | None:
+        """Of an interval without work: what the device says, since joules may hold a correction of earlier ones."""
+        watts = self._newest[1].power_watts if self._newest is not None else None
+        if watts is not None:
+            return watts
+        return joules / seconds if seconds > 0 else self.idle_watts
 
     def _price(self, joules: float, busy_seconds: float, seconds: float) -> None:
         self._recent_joules = _SMOOTHING * self._recent_joules + joules

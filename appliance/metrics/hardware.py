@@ -45,7 +45,7 @@ class HardwareReading:
 
     at: float  # CLOCK_MONOTONIC
     num_cpus: int
-    cpu_utilisation: float  # of the host, since the reading before
+    cpu_utilisation: float  # of the host, since the reading of it before
     memory_used_bytes: int
     memory_bytes: int
     disk_free_bytes: int | None
@@ -90,7 +90,6 @@ class HardwareReader:
         self._engine: psutil.Process | None = None
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
-        psutil.cpu_percent()  # the first call only sets the mark that the next one measures from
 
     def start(self) -> None:
         """Take a first reading soon, then go on. Returns at once."""
@@ -113,7 +112,9 @@ class HardwareReader:
     def read(self) -> HardwareReading:
         """Take a whole reading now, in this thread, and make it the latest."""
         memory = psutil.virtual_memory()
-        at = self._host_read_at = self._clock.monotonic()
+        at = self._clock.monotonic()
+        if self.latest is not None:  # the CPU's share of a thread's first reading is 0: it has nothing to measure from
+            self._host_read_at = at
         self.latest = HardwareReading(
             at=at,
             num_cpus=len(os.sched_getaffinity(0)),

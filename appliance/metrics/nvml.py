@@ -46,15 +46,17 @@ class EnergyCounter:
         self._counter: float | None = None
         self._counted_at = self._at = -math.inf
         self._watts: float | None = None
-        self._since = self._told = 0.0
+        self._since = self._told = self._counted = 0.0  # power since the counter's reading; what was said last; what the counter said last
 
     def read(self, at: float, watts: float | None, counter: Callable[[], float | None]) -> float | None:
         """Joules at `at`, where the power is `watts`; `counter` reads the driver's. None where that says nothing."""
         if self._counter is None or watts is None or self._watts is None or at - self._counted_at >= _COUNTER_SECONDS:
-            before, self._counter = self._counter, counter()
+            self._counter = counter()
             self._counted_at, self._since = at, 0.0
-            if self._counter is None or before is None or self._counter < before:
-                self._told = 0.0
+            if self._counter is not None:
+                if self._counter < self._counted:
+                    self._told = 0.0
+                self._counted = self._counter
         else:
             self._since += watts * (at - self._at)  # on Hopper the mean of the last second, which is how often we read
         self._at, self._watts = at, watts

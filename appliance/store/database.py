@@ -108,20 +108,11 @@ class Database:
         In SQLite begin, statements and commit are one call of a thread: over the event loop each of them costs a turn of both, and holds the lock
         for longer. A caller that is cancelled does not stop that thread.
         """
-        if self._brief is not None:
-            return await asyncio.to_thread(_in_transaction, self._brief, work)
-        async with self._writing.begin() as connection:
-            return await connection.run_sync(work)
+        return (await self._transact(work))[0]
 
     async def execute_briefly(self, statement: Executable, rows: Sequence[Mapping[str, Any]] = ()) -> tuple[int, float]:
-        """One statement in a write transaction. Returns how many rows it changed and for how many seconds it held its locks."""
-
-        def execute(connection: Connection) -> tuple[int, float]:
-            started = time.perf_counter()
-            result = connection.execute(statement, rows or None)
-            return result.rowcount, time.perf_counter() - started
-
-        return await self.write(execute)
+        """One statement in a write transaction. Returns how many rows it changed and for how many seconds it held its locks, the commit included."""
+        return await self._transact(lambda connection: connection.execute(statement, rows or None).rowcount)
 
     async def migrate(self, revision: str = "head") -> None:
         """Upgrade the schema to `revision`. Safe to call by several appliances at once. Raises MigrationFailed.
@@ -148,6 +139,15 @@ class Database:
         await self.engine.dispose()
         if self._brief is not None:
             await asyncio.to_thread(self._brief.dispose)
+
+    async def _transact(self, work: Callable[[Connection], T]) -> tuple[T, float]:
+        """What `work` returned, and the seconds from the transaction's begin to its end."""
+        if self._brief is not None:
+            return await asyncio.to_thread(_in_transaction, self._brief, work)
+        async with self._writing.begin() as connection:
+            started = time.perf_counter()
+            result = await connection.run_sync(work)
+        return result, time.perf_counter() - started
 
     async def _run_alembic(self, direction: str, revision: str) -> None:
         from alembic import command
@@ -226,9 +226,11 @@ async def _unlock(connection: AsyncConnection, lock: int) -> None:
         await connection.commit()
 
 
-def _in_transaction(engine: Engine, work: Callable[[Connection], T]) -> T:
+def _in_transaction(engine: Engine, work: Callable[[Connection], T]) -> tuple[T, float]:
     with engine.begin() as connection:
-        return work(connection)
+        started = time.perf_counter()
+        result = work(connection)
+    return result, time.perf_counter() - started
 
 
 def alembic_config(connection: Connection) -> Config:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from sqlalchemy import ColumnElement, Insert, Table, case
+from sqlalchemy import ColumnElement, Table, case
 from sqlalchemy.dialects import postgresql, sqlite
 
 from appliance.store.rows import Row
@@ -50,7 +50,7 @@ def fold_usage(hours: Iterable[Row], table: Table) -> list[Row]:
     return [groups[key] for key in sorted(groups)]
 
 
-def usage_upsert(table: Table, dialect: str) -> Insert:
+def usage_upsert(table: Table, dialect: str) -> postgresql.Insert | sqlite.Insert:
     """The statement that adds such rows to what is stored."""
     insert: postgresql.Insert | sqlite.Insert = (postgresql if dialect == "postgresql" else sqlite).insert(table)
     changes: dict[str, ColumnElement[Any]] = {}

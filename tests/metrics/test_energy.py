@@ -13,7 +13,7 @@ from appliance.clock import ManualClock
 from appliance.events import StepStats
 from appliance.metrics.energy import EnergyAccount
 from appliance.metrics.hardware import HardwareReader
-from appliance.metrics.nvml import GpuReading, Nvml
+from appliance.metrics.nvml import EnergyCounter, GpuReading, Nvml
 from appliance.metrics.recorder import Recorder
 
 
@@ -88,6 +88,24 @@ def test_charges_follow_the_power(shape: str) -> None:
         account.add(float(second), _gpu(joules, watts), busy, working=True)
     assert charged == pytest.approx(account.serving_joules, rel=0.01)
     assert charged == pytest.approx(account.charged_joules)
+
+
+@pytest.mark.parametrize("bias", [0.94, 1.06])
+def test_power_that_is_wrong_is_made_good_by_the_counter(bias: float) -> None:
+    """The counter is read every ten seconds: what the power said wrongly in between lands in one interval, and neither what idling draws nor the
+    charges follow that. After ten minutes all joules are the counter's, within what ten seconds of a wrong power are."""
+    account, counter, joules, charged = EnergyAccount(), EnergyCounter(), 0.0, 0.0
+    for second in range(602):
+        busy = 0.0 if second % 20 < 3 else 0.5 + 0.45 * math.sin(second / 9)
+        charged += (account.price_watts or 0.0) * busy
+        watts = 500.0 * busy + 70.0 * (1 - busy)
+        joules += watts if second else 0.0
+        energy = counter.read(float(second), watts * bias, lambda: joules)  # noqa: B023 (called at once)
+        account.add(float(second), GpuReading(0, "H100", "GPU-0", power_watts=watts * bias, energy_joules=energy), busy, working=busy > 0)
+        if busy == 0.0 and second:
+            assert account.idle_watts == pytest.approx(70.0 * bias)
+    assert account.serving_joules + account.idle_joules == pytest.approx(joules, abs=10 * 500 * 0.06)
+    assert charged == pytest.approx(account.serving_joules, rel=0.015)
 
 
 class _Nvml:

@@ -47,8 +47,11 @@ def test_energy_follows_the_counter_and_between_its_readings_the_power() -> None
     assert at(30, 100.0, 50.0) == 50.0
     assert asked == [0, 10, 20, 30]
     assert [at(second, None, 60.0 + second) for second in (31, 32)] == [91.0, 92.0]
-    assert at(33, 100.0, None) is None
-    assert asked == [0, 10, 20, 30, 31, 32, 33]
+    assert at(33, 500.0, 93.0) == 93.0
+    assert at(34, 500.0, 0.0) == 593.0
+    assert at(44, 500.0, None) is None  # a reading that failed
+    assert at(45, 100.0, 193.0) == 593.0  # is not one that fell
+    assert asked == [0, 10, 20, 30, 31, 32, 33, 44, 45]
 
 
 def test_xid_errors_are_counted_by_gpu(fake_nvml: Any) -> None:
@@ -108,9 +111,10 @@ def test_host_and_processes_are_read(tmp_path: Path) -> None:
 
 
 def test_the_host_is_read_less_often_than_the_gpus(tmp_path: Path, fake_nvml: Any) -> None:
-    """Within five seconds of a whole reading only time and GPUs are new, unless the engine is another process."""
+    """Within five seconds of a whole reading only time and GPUs are new, unless the engine is another process. The first is followed by another."""
     clock, pid = ManualClock(), [os.getpid()]
     reader = HardwareReader(clock=clock, state_dir=tmp_path, engine_pid=lambda: pid[0], nvml=Nvml(fake_nvml, None))
+    reader._read_due()  # the CPU's share of the very first reading is not known
     first = reader._read_due()
     clock.advance(4.9)
     fake_nvml.xid += ["handle1"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import sqlite3
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from appliance.store import rows as rows_module
 from appliance.store.database import Database
 from appliance.store.queries import engine_events, find_requests, sample_history
 from appliance.store.tables import RequestRow, SampleRow
+from appliance.store.tally import TOTALS
 from appliance.store.writer import StoreWriter
 
 Record = Callable[..., RequestRecord]
@@ -203,6 +205,35 @@ async def test_close_spools_what_the_database_does_not_take(
     assert again.stats.num_spooled_rows == 300
     await again.flush()
     assert len(await _ids(database)) == 300
+
+
+async def test_a_thread_that_ends_late_stores_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_record: Record) -> None:
+    """A flush that takes too long is given up and its rows spool, but SQLite's thread goes on and commits: sent again, each counts once."""
+    database = Database(f"sqlite+aiosqlite:///{tmp_path / 'a.db'}")
+    await database.migrate()
+    writer, release = _writer(database, tmp_path), threading.Event()
+    insert = writer._statements.insert
+
+    def late(connection: Connection, rows: Any) -> None:
+        insert(connection, rows)
+        release.wait(20)
+
+    monkeypatch.setattr("appliance.store.writer._FLUSH_SECONDS", 0.05)
+    monkeypatch.setattr(writer._statements, "insert", late)
+    for index in range(20):
+        writer.put_request(make_record(index))
+    await writer.flush()
+    assert writer.stats.num_spooled_rows == 20
+    monkeypatch.undo()
+    release.set()
+    for index in range(15, 25):
+        writer.put_request(make_record(index))
+    await writer.flush()
+    assert len(await _ids(database)) == 25
+    async with database.session() as session:
+        counted = (await session.execute(select(func.sum(TOTALS.c.num_requests)).where(TOTALS.c.period_seconds == 3600))).scalar()
+    assert counted == 25
+    await database.close()
 
 
 async def test_no_database_and_no_disk_is_bounded_and_counted(
