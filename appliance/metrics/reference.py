@@ -37,7 +37,8 @@ Durations are seconds, sizes bytes, shares 0-1. The SLO thresholds are bucket ed
   `rate(appliance_engine_model_flops_total[5m]) / rate(appliance_engine_busy_seconds_total[5m]) / appliance_engine_peak_flops_per_second`.
 - **Energy** is NVML's counter of the engine's GPU, read every ten seconds, and its power, integrated, in between and where there is none. An interval
   between two readings is split into time with and without a step; idle time costs what idle intervals did, the rest is serving. A step's joules are
-  its busy time at the serving power, split over its rows: the linear layers equally by token, attention by context (`appliance/engine/costs.py`). Joules per token:
+  its busy time at the serving power, split over its rows: the linear layers equally by token, attention by context (`appliance/engine/costs.py`).
+  Joules per token:
   `rate(appliance_energy_joules_total{use="serving"}[5m]) / rate(appliance_output_tokens_total[5m])`.
 - **Engine seconds** of a key are split in the same way: over all keys they are the engine's busy time, less what rows took whose request had
   ended by then (surplus, clients that left).
