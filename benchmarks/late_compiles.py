@@ -1,11 +1,11 @@
 """Kernels that Triton compiles while an engine serves: each stalls every stream for as long as it takes. There should be none.
 
-    python benchmarks/late_compiles.py dummy:SHAPE [--filters] [--cache-dir FOLDER] [--json FILE]
+    python benchmarks/late_compiles.py dummy:SHAPE [--idle-work] [--cache-dir FOLDER] [--json FILE]
 
 Starts an engine with an empty kernel cache (or that of --cache-dir, as a server's state folder has it) and runs, without HTTP, loads that meet many
 shapes of steps: one to 256 sequences at once, prompts of one token to 1,500, repeated prompts that the prefix cache answers, greedy and sampled
-rows. With --filters it first does all idle work, then samples with top-k, top-p and min-p too. Prints each late compilation with its kernel,
-constants and seconds, and the longest step; exit status 1 if any.
+rows, with filters, penalties, bias and logprobs. Prints each late compilation with its kernel, constants and seconds, and the longest step; exit
+status 1 if any.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,18 @@ from appliance.engine.loading import build_engine
 from appliance.engine.wire import Sampling, Start, Submit, pack_ids
 
 COUNTS = (1, 2, 3, 5, 9, 17, 33, 40, 50, 65, 100, 129, 140, 200, 256)
-FILTERS: tuple[dict[str, Any], ...] = ({"top_p": 0.9}, {"top_k": 40}, {"top_k": 40, "top_p": 0.9}, {"min_p": 0.05})
+SAMPLINGS: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 0.8},
+    {"temperature": 0.8, "top_p": 0.9},
+    {"temperature": 0.8, "top_k": 40},
+    {"temperature": 0.8, "top_k": 40, "top_p": 0.9},
+    {"temperature": 0.8, "min_p": 0.05},
+    {"num_logprobs": 3},
+    {"temperature": 0.8, "presence_penalty": 0.5, "num_logprobs": 7},
+    {"temperature": 0.8, "repetition_penalty": 1.1, "top_p": 0.9},
+    {"logit_bias": {5: 1.0}},
+)
 
 
 class _Silent:
@@ -58,7 +70,7 @@ class Compilations:
         return False
 
 
-def run(engine: Engine, rng: random.Random, prompts: list[list[int]], sampling: list[dict[str, Any]]) -> float:
+def run(engine: Engine, rng: random.Random, prompts: list[list[int]], sampling: Sequence[dict[str, Any]]) -> float:
     """Sequences of which up to 40 come between two steps; the longest step, in seconds."""
     longest, waiting = 0.0, list(enumerate(prompts))
     while waiting or engine.has_work:
@@ -78,7 +90,7 @@ def main() -> int:
     """Runs the loads; the exit status says whether nothing was compiled late."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a folder, a GGUF file or dummy:FOLDER")
-    parser.add_argument("--filters", action="store_true", help="do the idle work first, then sample with filters too")
+    parser.add_argument("--idle-work", action="store_true", help="capture all graphs first, as an idle engine does")
     parser.add_argument("--cache-dir", metavar="FOLDER", help="keep compiled kernels there (default: a new folder)")
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
@@ -89,13 +101,10 @@ def main() -> int:
     engine, ready = build_engine(start, _Silent(), lambda _: None)
     print(f"{ready.device}: engine built in {time.perf_counter() - began:.1f} s, kernels in {cache}", flush=True)
     began = time.perf_counter()
-    while arguments.filters and engine.runner.capture_next_graph(lambda: None):
+    while arguments.idle_work and engine.runner.capture_next_graph(lambda: None):
         pass
     print(f"idle work: {time.perf_counter() - began:.1f} s", flush=True)
     compilations, rng = Compilations(), random.Random(0)
-    sampling: list[dict[str, Any]] = [{}, {"temperature": 0.8}]
-    if arguments.filters:
-        sampling = [{"temperature": 0.8, **filters} for filters in FILTERS]
     repeated = [rng.randint(100, 9000) for _ in range(512)]
     loads: list[tuple[str, list[list[int]]]] = []
     for count in COUNTS:
@@ -106,7 +115,7 @@ def main() -> int:
         ]
     longest = {}
     for what, prompts in loads:
-        for chosen in ([one] for one in sampling) if len(prompts) < 10 else [sampling[:1], sampling]:
+        for chosen in ([one] for one in SAMPLINGS) if len(prompts) < 10 else [SAMPLINGS[:1], SAMPLINGS[:2], SAMPLINGS[:6], SAMPLINGS]:
             longest[what] = max(longest.get(what, 0.0), run(engine, rng, prompts, chosen))
     slow = sorted(longest.items(), key=lambda item: -item[1])[:5]
     print(f"{len(compilations.seen)} kernels compiled late; longest steps: " + "; ".join(f"{what} {1e3 * seconds:.0f} ms" for what, seconds in slow))

@@ -9,7 +9,7 @@ mass over what comes before it, no sort.
 3. The same over the whole row, for the few rows whose kept ids may not all be candidates; the others it leaves at once.
 """
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-# ruff: noqa: N803, SIM102 - constants of a kernel are upper case; a branch on one, chosen in compilation, stands alone
+# ruff: noqa: N803 - constants of a kernel are upper case; a branch on one, chosen in compilation, stands alone
 
 from __future__ import annotations
 
@@ -42,39 +42,36 @@ from appliance.kernels.scores import (
 _MAX_GROUPS: Final = 2048  # group maxima of a row, all in the registers of one program
 _WANTED: Final = 256  # groups whose ids are looked at where no top-k says how many are needed
 _CAPACITY: Final = 2048  # candidates of a row, likewise in registers
+_USE_TOP_K = tl.constexpr(1)
+_USE_TOP_P = tl.constexpr(2)
+_USE_MIN_P = tl.constexpr(4)
 _LOWEST = tl.constexpr(-2147483648)
 _NO_ID = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
-def _filters(row_params, row, vocab, USE_TOP_K: tl.constexpr, USE_TOP_P: tl.constexpr, USE_MIN_P: tl.constexpr):
+def _filters(row_params, row, vocab, filters):
     """A row's top-k (vocab where off), top-p (1 where off), min-p (0 where off), and whether any of them can drop an id."""
-    k = vocab
-    p = 1.0
-    min_p = 0.0
-    if USE_TOP_K:
-        k = tl.load(row_params + row * NUM_PARAMS + TOP_K)
-        k = tl.where((k > 0) & (k < vocab), k, vocab)
-    if USE_TOP_P:
-        p = float_column(row_params, row, TOP_P)
-    if USE_MIN_P:
-        min_p = float_column(row_params, row, MIN_P)
+    k = tl.load(row_params + row * NUM_PARAMS + TOP_K)
+    k = tl.where((k > 0) & (k < vocab) & ((filters & _USE_TOP_K) != 0), k, vocab)
+    p = tl.where((filters & _USE_TOP_P) != 0, float_column(row_params, row, TOP_P), 1.0)
+    min_p = tl.where((filters & _USE_MIN_P) != 0, float_column(row_params, row, MIN_P), 0.0)
     return k, p, min_p, (k < vocab) | (p < 1.0) | (min_p > 0.0)
 
 
 @triton.jit
-def _peak_and_mass(part_peaks, part_sums, parts):
+def _peak_and_mass(part_peaks, part_sums, parts, is_part):
     """The largest score of a row, and the sum of exp(score - that one), from those of its parts."""
-    peaks = tl.load(part_peaks + parts)
+    peaks = tl.load(part_peaks + parts, mask=is_part, other=float("-inf"))
+    sums = tl.load(part_sums + parts, mask=is_part, other=0.0)
     peak = tl.max(peaks, axis=0)
-    return peak, tl.sum(tl.load(part_sums + parts) * tl.exp2((peaks - peak) * LOG2_E), axis=0)
+    return peak, tl.sum(tl.where(is_part, sums * tl.exp2((peaks - peak) * LOG2_E), 0.0), axis=0)
 
 
-@triton.jit(do_not_specialize=["rows", "row_params"])
+@triton.jit(do_not_specialize=["rows", "row_params", "num_parts", "tiles", "filters"])  # one compilation for any number of rows
 def _survey_kernel(
-    maxima, part_peaks, part_sums, part_values, part_ids, logits, rows, row_params, vocab, logits_stride, num_groups,
-    USE_TOP_K: tl.constexpr, USE_TOP_P: tl.constexpr, USE_MIN_P: tl.constexpr, NUM_PARTS: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
-    GROUP: tl.constexpr, PDL: tl.constexpr,
+    maxima, part_peaks, part_sums, part_values, part_ids, logits, rows, row_params, vocab, logits_stride, num_groups, num_parts, tiles, filters,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (part, row). Of a filtered row: the largest logit of each group, the part's peak score and mass. Of a greedy or an unfiltered row:
     the part's best score (noise included) and its id."""
@@ -87,13 +84,13 @@ def _survey_kernel(
     source = logits + entry.to(tl.int64) * logits_stride
     row = tl.load(rows + entry).to(tl.int64)
     temperature = float_column(row_params, row, TEMPERATURE)
-    _, _, _, filtered = _filters(row_params, row, vocab, USE_TOP_K, USE_TOP_P, USE_MIN_P)
-    at = entry * NUM_PARTS + part
+    _, _, _, filtered = _filters(row_params, row, vocab, filters)
+    at = entry * num_parts + part
     if (temperature > 0) & filtered:
         peak = tl.full([BLOCK], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK], tl.float32)
-        for tile in range(TILES):
-            start = (part * TILES + tile) * BLOCK
+        for tile in range(tiles):
+            start = (part * tiles + tile) * BLOCK
             x = tl.load(source + start + lane, mask=start + lane < vocab, other=float("-inf")).to(tl.float32)
             groups = start // GROUP + tl.arange(0, BLOCK // GROUP)
             tops = tl.max(tl.reshape(x, [BLOCK // GROUP, GROUP]), axis=1)
@@ -112,9 +109,9 @@ def _survey_kernel(
         low = tl.load(row_params + row * NUM_PARAMS + SEED_LOW)
         high = tl.load(row_params + row * NUM_PARAMS + SEED_HIGH)
         best = tl.full([BLOCK], float("-inf"), tl.float32)
-        best_id = part * (TILES * BLOCK) + lane
-        for tile in range(TILES):
-            ids = (part * TILES + tile) * BLOCK + lane
+        best_id = part * (tiles * BLOCK) + lane
+        for tile in range(tiles):
+            ids = (part * tiles + tile) * BLOCK + lane
             x = tl.load(source + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
             if temperature > 0:
                 x = tl.div_rn(x, tl.zeros_like(x) + temperature) + gumbel(ids, index, low, high)
@@ -138,13 +135,12 @@ def _kth_level(levels, k, low, high):
     return low
 
 
-@triton.jit(do_not_specialize=["rows", "row_params"])
+@triton.jit(do_not_specialize=["rows", "row_params", "num_parts", "filters"])
 def _draw_kernel(
     token_ids, pending, group_list, candidates, candidate_ids, maxima, part_peaks, part_sums, part_values, part_ids, logits, rows, row_params,
-    vocab, logits_stride, num_groups,
-    USE_TOP_K: tl.constexpr, USE_TOP_P: tl.constexpr, USE_MIN_P: tl.constexpr, NUM_PARTS: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr, TILE_GROUPS: tl.constexpr, CAPACITY: tl.constexpr, WANTED: tl.constexpr,
-    PDL: tl.constexpr,
+    vocab, logits_stride, num_groups, num_parts, filters,
+    MOST_PARTS: tl.constexpr, GROUP: tl.constexpr, BLOCK_GROUPS: tl.constexpr, TILE_GROUPS: tl.constexpr, CAPACITY: tl.constexpr,
+    WANTED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a row. The candidates, in the order of their ids, go through global memory, since a tile cannot be packed in registers."""
     entry = tl.program_id(0)
@@ -153,11 +149,12 @@ def _draw_kernel(
         gdc_wait()
     row = tl.load(rows + entry).to(tl.int64)
     temperature = float_column(row_params, row, TEMPERATURE)
-    k, p, min_p, filtered = _filters(row_params, row, vocab, USE_TOP_K, USE_TOP_P, USE_MIN_P)
-    parts = entry * NUM_PARTS + tl.arange(0, NUM_PARTS)
+    k, p, min_p, filtered = _filters(row_params, row, vocab, filters)
+    is_part = tl.arange(0, MOST_PARTS) < num_parts
+    parts = entry * num_parts + tl.arange(0, MOST_PARTS)
     unfinished = 0
     if (temperature > 0) & filtered:
-        peak, total = _peak_and_mass(part_peaks, part_sums, parts)
+        peak, total = _peak_and_mass(part_peaks, part_sums, parts, is_part)
         g = tl.arange(0, BLOCK_GROUPS)
         tops = tl.load(maxima + entry.to(tl.int64) * num_groups + g, mask=g < num_groups, other=float("-inf"))
         levels = tl.where(g < num_groups, ordered(tl.div_rn(tops, tl.zeros_like(tops) + temperature)), _LOWEST)
@@ -225,8 +222,8 @@ def _draw_kernel(
         else:
             unfinished = 1
     else:
-        scores = tl.load(part_values + parts)
-        winners = tl.load(part_ids + parts)
+        scores = tl.load(part_values + parts, mask=is_part, other=float("-inf"))
+        winners = tl.load(part_ids + parts, mask=is_part, other=_NO_ID)
         winner = tl.min(tl.where(scores == tl.max(scores, axis=0), winners, _NO_ID), axis=0)
         tl.store(token_ids + entry, tl.where(winner < vocab, winner, 0))
     tl.store(pending + entry, unfinished)
@@ -264,11 +261,10 @@ def _whole_row_mass_of_top_k(source, vocab, temperature, peak, k, BLOCK: tl.cons
     return total
 
 
-@triton.jit(do_not_specialize=["rows", "row_params"])
+@triton.jit(do_not_specialize=["rows", "row_params", "num_parts", "filters"])
 def _redraw_kernel(
-    token_ids, pending, part_peaks, part_sums, logits, rows, row_params, vocab, logits_stride,
-    USE_TOP_K: tl.constexpr, USE_TOP_P: tl.constexpr, USE_MIN_P: tl.constexpr, NUM_PARTS: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    token_ids, pending, part_peaks, part_sums, logits, rows, row_params, vocab, logits_stride, num_parts, filters,
+    MOST_PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a pending row. Two passes a round; the first draw of a flat row under top-p is kept with probability p, so rounds are few."""
     entry = tl.program_id(0)
@@ -281,11 +277,11 @@ def _redraw_kernel(
     source = logits + entry.to(tl.int64) * logits_stride
     lane = tl.arange(0, BLOCK)
     temperature = float_column(row_params, row, TEMPERATURE)
-    k, p, min_p, _ = _filters(row_params, row, vocab, USE_TOP_K, USE_TOP_P, USE_MIN_P)
-    peak, total = _peak_and_mass(part_peaks, part_sums, entry * NUM_PARTS + tl.arange(0, NUM_PARTS))
-    if USE_TOP_K and USE_TOP_P:
-        if (k < vocab) & (p < 1.0):
-            total = _whole_row_mass_of_top_k(source, vocab, temperature, peak, k, BLOCK)
+    k, p, min_p, _ = _filters(row_params, row, vocab, filters)
+    parts = tl.arange(0, MOST_PARTS)
+    peak, total = _peak_and_mass(part_peaks, part_sums, entry * num_parts + parts, parts < num_parts)
+    if (k < vocab) & (p < 1.0):
+        total = _whole_row_mass_of_top_k(source, vocab, temperature, peak, k, BLOCK)
     index = tl.load(row_params + row * NUM_PARAMS + OUTPUT_INDEX)
     low = tl.load(row_params + row * NUM_PARAMS + SEED_LOW)
     high = tl.load(row_params + row * NUM_PARAMS + SEED_HIGH)
@@ -341,17 +337,18 @@ def draw(token_ids: Tensor, logits: Tensor, batch: ops.SamplingBatch) -> None:
     ids, group_list, candidate_ids, pending = (
         torch.empty((num_rows, n), dtype=torch.int32, device=device) for n in (parts, block_groups, _CAPACITY, 1)
     )
-    flags = {"USE_TOP_K": batch.use_top_k, "USE_TOP_P": batch.use_top_p, "USE_MIN_P": batch.use_min_p, "NUM_PARTS": parts}
-    flags |= dependent_launch(device)
+    most_parts, flags = next_power_of_2(cdiv(vocab, block)), dependent_launch(device)
+    filters = batch.use_top_k * _USE_TOP_K.value + batch.use_top_p * _USE_TOP_P.value + batch.use_min_p * _USE_MIN_P.value
     _survey_kernel[(parts, num_rows)](
         maxima, peaks, sums, values, ids, logits, rows, row_params, vocab, logits.stride(0), num_groups,
-        TILES=cdiv(vocab, parts * block), BLOCK=block, GROUP=group, num_warps=8, **flags,
+        parts, cdiv(vocab, parts * block), filters, BLOCK=block, GROUP=group, num_warps=8, **flags,
     )  # fmt: skip
     _draw_kernel[(num_rows,)](
         token_ids, pending, group_list, candidates, candidate_ids, maxima, peaks, sums, values, ids, logits, rows, row_params, vocab,
-        logits.stride(0), num_groups, GROUP=group, BLOCK_GROUPS=block_groups, TILE_GROUPS=max(4096 // group, 1), CAPACITY=_CAPACITY, WANTED=_WANTED,
-        num_warps=8, **flags,
+        logits.stride(0), num_groups, parts, filters, MOST_PARTS=most_parts, GROUP=group, BLOCK_GROUPS=block_groups,
+        TILE_GROUPS=max(4096 // group, 1), CAPACITY=_CAPACITY, WANTED=_WANTED, num_warps=8, **flags,
     )  # fmt: skip
     _redraw_kernel[(num_rows,)](
-        token_ids, pending, peaks, sums, logits, rows, row_params, vocab, logits.stride(0), BLOCK=4096, num_warps=16, **flags
+        token_ids, pending, peaks, sums, logits, rows, row_params, vocab, logits.stride(0), parts, filters, MOST_PARTS=most_parts, BLOCK=4096,
+        num_warps=16, **flags,
     )  # fmt: skip

@@ -35,19 +35,19 @@ from appliance.kernels.scores import (
 )
 
 
-@triton.jit(do_not_specialize=["rows", "row_params"])
+@triton.jit(do_not_specialize=["rows", "row_params", "num_parts", "tiles"])  # one compilation for any number of rows
 def _argmax_kernel(
-    token_ids, part_values, part_ids, counters, logits, rows, row_params, vocab, logits_stride,
-    NOISE: tl.constexpr, NUM_PARTS: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    token_ids, part_values, part_ids, counters, logits, rows, row_params, vocab, logits_stride, num_parts, tiles,
+    NOISE: tl.constexpr, MOST_PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (part, row of logits): TILES tiles of BLOCK ids. Ties go to the lowest id."""
+    """Program (part, row of logits): so many tiles of BLOCK ids. Ties go to the lowest id."""
     part = tl.program_id(0)
     entry = tl.program_id(1)
     lane = tl.arange(0, BLOCK // 4)
     # A lane's four ids of a tile take the four words of one Philox call.
     offset = lane // NOISE_LANES * (4 * NOISE_LANES) + lane % NOISE_LANES
     best = tl.full([BLOCK // 4], float("-inf"), tl.float32)
-    best_id = part * (TILES * BLOCK) + offset
+    best_id = part * (tiles * BLOCK) + offset
     source = logits + entry.to(tl.int64) * logits_stride
     temperature = 0.0
     index, low, high = 0, 0, 0
@@ -62,8 +62,8 @@ def _argmax_kernel(
         high = tl.load(row_params + row * NUM_PARAMS + SEED_HIGH)
     if temperature > 0:
         scale = 1.0 / temperature
-        for tile in range(TILES):
-            start = part * (TILES * BLOCK) + tile * BLOCK
+        for tile in range(tiles):
+            start = part * (tiles * BLOCK) + tile * BLOCK
             words = philox_words(start // 4 + lane, index, low, high)
             for word in tl.static_range(4):
                 ids = start + word * NOISE_LANES + offset
@@ -73,9 +73,9 @@ def _argmax_kernel(
                 best = tl.where(better, x, best)
                 best_id = tl.where(better, ids, best_id)
     else:
-        for tile in range(TILES):
+        for tile in range(tiles):
             for word in tl.static_range(4):
-                ids = part * (TILES * BLOCK) + tile * BLOCK + word * NOISE_LANES + offset
+                ids = part * (tiles * BLOCK) + tile * BLOCK + word * NOISE_LANES + offset
                 x = tl.load(source + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
                 better = x > best
                 best = tl.where(better, x, best)
@@ -83,18 +83,18 @@ def _argmax_kernel(
     value = tl.max(best, axis=0)
     winner = tl.min(tl.where(best == value, best_id, 0x7FFFFFFF), axis=0)
     winner = tl.where(winner == 0x7FFFFFFF, 0, winner)  # a row of NaN
-    if NUM_PARTS == 1:
+    if num_parts == 1:
         tl.store(token_ids + entry, winner)
     else:
-        tl.store(part_values + entry * NUM_PARTS + part, value)
-        tl.store(part_ids + entry * NUM_PARTS + part, winner)
+        tl.store(part_values + entry * num_parts + part, value)
+        tl.store(part_ids + entry * num_parts + part, winner)
         tl.debug_barrier()
-        if tl.atomic_add(counters + entry, 1, sem="acq_rel", scope="gpu") == NUM_PARTS - 1:
+        if tl.atomic_add(counters + entry, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
             tl.debug_barrier()
             tl.store(counters + entry, 0)
-            parts = tl.arange(0, NUM_PARTS)
-            values = tl.load(part_values + entry * NUM_PARTS + parts, cache_modifier=".cg")
-            ids = tl.load(part_ids + entry * NUM_PARTS + parts, cache_modifier=".cg")
+            parts = tl.arange(0, MOST_PARTS)
+            values = tl.load(part_values + entry * num_parts + parts, mask=parts < num_parts, other=float("-inf"), cache_modifier=".cg")
+            ids = tl.load(part_ids + entry * num_parts + parts, mask=parts < num_parts, other=0x7FFFFFFF, cache_modifier=".cg")
             top = tl.max(values, axis=0)
             winner = tl.min(tl.where(values == top, ids, 0x7FFFFFFF), axis=0)
             tl.store(token_ids + entry, tl.where(winner == 0x7FFFFFFF, 0, winner))
@@ -127,10 +127,8 @@ def _bias_kernel(logits, entries, ids, values, count, vocab, BLOCK: tl.constexpr
     tl.atomic_add(logits + at, tl.load(values + i, mask=mask, other=0.0), mask=mask, sem="relaxed")
 
 
-@triton.jit
-def _logprobs_kernel(
-    logprobs, ranks, top_ids, top_logprobs, logits, token_ids, vocab, logits_stride, NUM_TOP: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+@triton.jit(do_not_specialize=["num_top"])
+def _logprobs_kernel(logprobs, ranks, top_ids, top_logprobs, logits, token_ids, vocab, logits_stride, num_top, BLOCK: tl.constexpr):
     """One program a row: the log-sum-exp, the drawn id's log-probability and rank, then the top ids one after another."""
     entry = tl.program_id(0).to(tl.int64)
     source = logits + entry * logits_stride
@@ -153,7 +151,7 @@ def _logprobs_kernel(
     tl.store(logprobs + entry, drawn - norm)
     tl.store(ranks + entry, 1 + tl.sum(higher, axis=0))
     last = tl.full([], 0x7FFFFFFFFFFFFFFF, tl.int64)
-    for i in range(NUM_TOP):
+    for i in range(num_top):
         best = tl.full([BLOCK], -0x7FFFFFFFFFFFFFFF, tl.int64)
         for start in range(0, vocab, BLOCK):
             ids = start + lane
@@ -162,8 +160,8 @@ def _logprobs_kernel(
             best = tl.where((ids < vocab) & (key < last) & (key > best), key, best)
         last = tl.max(best, axis=0)
         chosen = vocab - 1 - (last & 0xFFFFFFFF).to(tl.int32)
-        tl.store(top_ids + entry * NUM_TOP + i, chosen)
-        tl.store(top_logprobs + entry * NUM_TOP + i, tl.load(source + chosen).to(tl.float32) - norm)
+        tl.store(top_ids + entry * num_top + i, chosen)
+        tl.store(top_logprobs + entry * num_top + i, tl.load(source + chosen).to(tl.float32) - norm)
 
 
 def sample(logits: Tensor, batch: ops.SamplingBatch) -> ops.Sampled:
@@ -214,7 +212,7 @@ def _argmax(token_ids: Tensor, logits: Tensor, batch: ops.SamplingBatch) -> None
     ids = torch.empty((num_rows, parts), dtype=torch.int32, device=logits.device)
     _argmax_kernel[(parts, num_rows)](
         token_ids, values, ids, arrival_counters(logits.device), logits, batch.rows, batch.state.params, vocab, logits.stride(0),
-        NOISE=not batch.all_greedy, NUM_PARTS=parts, TILES=cdiv(vocab, parts * block), BLOCK=block, num_warps=8,
+        parts, cdiv(vocab, parts * block), NOISE=not batch.all_greedy, MOST_PARTS=next_power_of_2(cdiv(vocab, block)), BLOCK=block, num_warps=8,
         **dependent_launch(logits.device),
     )  # fmt: skip
 
@@ -227,7 +225,7 @@ def _with_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> ops.Sampl
     top_logprobs = torch.empty((num_rows, num_top), dtype=torch.float32, device=logits.device)
     if num_rows:
         _logprobs_kernel[(num_rows,)](
-            logprobs, ranks, top_ids, top_logprobs, logits, token_ids, vocab, logits.stride(0), NUM_TOP=num_top,
+            logprobs, ranks, top_ids, top_logprobs, logits, token_ids, vocab, logits.stride(0), num_top,
             BLOCK=min(4096, next_power_of_2(vocab)), num_warps=16,
         )  # fmt: skip
     return ops.Sampled(token_ids, logprobs, ranks, top_ids, top_logprobs)

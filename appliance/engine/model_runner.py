@@ -15,7 +15,7 @@ from appliance.engine.batch import Bucket, DeviceBatch
 from appliance.engine.cuda_graphs import StepGraphs
 from appliance.engine.scheduler import SchedulerLimits, StepPlan
 from appliance.engine.sequence import BIAS, LOGPROBS, MIN_P, NOT_GREEDY, PENALTIES, TOP_K, TOP_P, Sequence
-from appliance.engine.warm_kernels import FilteredSamplers, apply_no_update, warm_buckets
+from appliance.engine.warm_kernels import apply_no_update, sample_every_way, warm_buckets
 from appliance.engine.wire import TokenLogprobs
 from appliance.kernels.kv_cache import FP8, allocate_fp8
 from appliance.kernels.ops import AttentionBatch, Ops, Sampled, SamplingBatch, StepInput
@@ -97,11 +97,9 @@ class ModelRunner:
         self._steady: _Ready | None = None
         self.improver: Improver | None = None  # CPU only
         self.graphs: StepGraphs | None = None
-        self._samplers: FilteredSamplers | None = None
         self._logits: Tensor | None = None  # where all graphs leave their logits: one buffer, since only the newest are read
         if use_graphs and self._is_cuda:
             self.graphs = StepGraphs(self._forward, self._sample_plain, limits, max_num_tokens, device)
-            self._samplers = FilteredSamplers(ops, self.batch, self.graphs.decode_sizes)
             self._logits = torch.zeros(self.batch.max_entries, self.vocab_size, dtype=decoder.dtype, device=device)
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
@@ -153,15 +151,17 @@ class ModelRunner:
         self._bias.pop(sequence.id, None)
 
     def warm_up(self) -> None:
-        """Run steps on padding alone, with the plain samplers: compiles kernels, changes no state.
+        """Run steps on padding alone: compiles kernels, changes no state.
 
-        Where graphs are used, every cut of a kernel that serving will choose: what is compiled later would stall the streams. It takes seconds
-        once; afterwards the kernels come from the cache on disk.
+        On a GPU every kind of sampling, and where graphs are used every cut of a kernel that serving will choose: what is compiled later would stall
+        the streams. It takes seconds once; afterwards the kernels come from the cache on disk.
         """
         if self.graphs is not None:
             apply_no_update(self.ops, self.batch)
         for bucket in warm_buckets(self.limits, self.graphs):
             self._run_padding(bucket)
+        if self._is_cuda:
+            sample_every_way(self.ops, self.batch, torch.zeros(1, self.vocab_size, dtype=self.decoder.dtype, device=self.device))
 
     def measure_activation_bytes(self) -> int:
         """Peak device memory of the largest step beyond what is held now. CUDA only."""
@@ -173,15 +173,13 @@ class ModelRunner:
         return torch.cuda.max_memory_allocated(self.device) - held
 
     def capture_next_graph(self, before: Callable[[], None]) -> bool:
-        """While idle, after calling `before`: capture a missing graph or compile a sampler; on CPU, a slice of idle work. False: none left."""
+        """While idle, after calling `before`: capture a missing graph; on CPU, a slice of idle work. False: none left."""
         if self.graphs is None:
             if self.improver is None:
                 return False
             self._improve(self.improver)
             return self.improver.work_while_idle()
-        if self.graphs.capture_missing(before):
-            return True
-        return self._samplers is not None and self._logits is not None and self._samplers.compile_next(self._logits, before)
+        return self.graphs.capture_missing(before)
 
     def _improve(self, improver: Improver) -> None:
         """Between steps: put a better model in the place of this one."""

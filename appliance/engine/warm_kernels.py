@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,11 +10,9 @@ from torch import Tensor
 from appliance.engine.batch import Bucket, DeviceBatch
 from appliance.engine.cuda_graphs import StepGraphs
 from appliance.engine.scheduler import SchedulerLimits
-from appliance.kernels.ops import Ops, SamplingBatch
+from appliance.kernels.ops import Ops, RowState, SamplingBatch
 
 _CHUNK_TOKENS = (1, 2, 4, 8, 32, 64, 128, 256, 512, 1024, 2048)  # prefill attention is cut by the longest chunk
-# Sets of top-k, top-p and min-p, the usual ones first.
-_FILTERS = tuple((k, p, m) for m in (False, True) for k, p in ((False, True), (True, True), (True, False), (False, False)) if k or p or m)
 
 
 def warm_buckets(limits: SchedulerLimits, graphs: StepGraphs | None) -> list[Bucket]:
@@ -38,23 +35,22 @@ def apply_no_update(ops: Ops, batch: DeviceBatch) -> None:
     ops.apply_updates(batch.state, row, batch.state.params[-1:].clone(), torch.stack([row, zero, zero], dim=1))
 
 
-class FilteredSamplers:
-    """Compiles sampling with top-k, top-p and min-p while the engine is idle. All of it takes a minute or two, once, which is too long for a start;
-    afterwards it comes from the cache on disk."""
-
-    def __init__(self, ops: Ops, batch: DeviceBatch, row_counts: list[int]) -> None:
-        self._ops = ops
-        self._batch = batch
-        self._left = deque((count, filters) for filters in _FILTERS for count in row_counts)
-
-    def compile_next(self, logits: Tensor, before: Callable[[], None]) -> bool:
-        """For one more number of rows and set, draw from some rows of `logits` `[rows, vocab]`, whatever they hold, after calling `before`.
-        False where all were compiled."""
-        if not self._left:
-            return False
-        before()
-        count, (top_k, top_p, min_p) = self._left.popleft()
-        rows = torch.full((count,), self._batch.dummy_row, dtype=torch.int32, device=logits.device)
-        sampling = SamplingBatch(rows=rows, state=self._batch.state, use_top_k=top_k, use_top_p=top_p, use_min_p=min_p)
-        self._ops.sample(logits[:count], sampling)
-        return True
+def sample_every_way(ops: Ops, batch: DeviceBatch, logits: Tensor) -> None:
+    """What a step runs whose rows ask for more than greedy or plain random tokens, on the first row of `logits` `[rows, vocab]` and a state of its
+    own: filters, logprobs, penalties and bias. The last two make float32 of the logits, for which all is compiled once more."""
+    device, vocab = logits.device, logits.shape[1]
+    state = RowState(
+        params=batch.state.params[-1:].clone(),
+        block_tables=batch.state.block_tables[-1:],
+        prompt_mask=torch.zeros(1, vocab, dtype=torch.bool, device=device),
+        output_counts=torch.zeros(1, vocab, dtype=torch.int32, device=device),
+    )
+    first, entry = torch.zeros(1, dtype=torch.int32, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    bias = SamplingBatch(first, state, bias_entries=entry, bias_ids=entry, bias_values=torch.zeros(1, device=device))
+    for sampling in (
+        SamplingBatch(first, state, use_top_p=True, num_logprobs=1),
+        replace(bias, all_greedy=True, use_penalties=True, num_logprobs=1),
+        replace(bias, use_penalties=True),
+        replace(bias, use_penalties=True, use_top_p=True),
+    ):
+        ops.sample(logits[:1], sampling)

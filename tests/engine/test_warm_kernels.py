@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,7 +11,7 @@ import torch
 from appliance.engine.batch import Bucket, DeviceBatch
 from appliance.engine.cuda_graphs import StepGraphs
 from appliance.engine.scheduler import SchedulerLimits
-from appliance.engine.warm_kernels import FilteredSamplers, apply_no_update, warm_buckets
+from appliance.engine.warm_kernels import apply_no_update, sample_every_way, warm_buckets
 from appliance.kernels.ops import Sampled, SamplingBatch, select
 
 CPU = torch.device("cpu")
@@ -70,24 +69,27 @@ def test_the_update_of_nothing_changes_nothing() -> None:
     assert torch.equal(made.state.block_tables, before[1])
 
 
-def test_all_sets_of_filters_are_drawn_once_for_each_row_count() -> None:
-    """Through the sampler that serves, on whatever logits there are, which stay as they are; then there is nothing left."""
+def test_every_kind_of_sampling_is_met() -> None:
+    """Filters, logprobs, penalties and bias, on the logits as they are and on their float32 copy, which penalties and bias make; state and logits
+    stay as they are."""
     ops, made = select(CPU, "reference"), batch()
-    seen: list[tuple[Any, ...]] = []
+    seen: set[tuple[str, bool]] = set()
 
     class Recorder:
         def sample(self, logits: torch.Tensor, sampling: SamplingBatch) -> Sampled:
-            seen.append((logits.shape[0], sampling.use_top_k, sampling.use_top_p, sampling.use_min_p))
-            assert sampling.rows.tolist() == [made.dummy_row] * logits.shape[0]
+            is_copied = sampling.use_penalties or sampling.bias_entries is not None
+            filtered = sampling.use_top_k or sampling.use_top_p or sampling.use_min_p
+            seen.add(("greedy" if sampling.all_greedy else "filtered" if filtered else "random", is_copied))
+            asked = {"penalties": sampling.use_penalties, "bias": sampling.bias_ids is not None, "logprobs": sampling.num_logprobs is not None}
+            seen.update((name, is_copied) for name, is_asked in asked.items() if is_asked)
             return ops.sample(logits, sampling)
 
-    samplers = FilteredSamplers(cast(Any, Recorder()), made, [1, 4])
     logits = torch.randn(6, 50)
-    before, calls = logits.clone(), []
-    while samplers.compile_next(logits, lambda: calls.append(1)):
-        pass
-    sets = [filters for filters in product((False, True), repeat=3) if any(filters)]
-    assert sorted(seen) == sorted((count, *filters) for count in (1, 4) for filters in sets)
-    assert seen[0] == (1, False, True, False), "top-p alone is the likeliest"
-    assert len(calls) == len(seen)
+    before, params = logits.clone(), made.state.params.clone()
+    sample_every_way(cast(Any, Recorder()), made, logits)
+    plain = {("greedy", False), ("random", False)}  # which the steps of `warm_buckets` meet
+    everything = {(kind, copied) for kind in ("greedy", "random", "filtered", "logprobs") for copied in (False, True)}
+    assert seen | plain == everything | {("penalties", True), ("bias", True)}
     assert torch.equal(logits, before)
+    assert torch.equal(made.state.params, params)
+    assert made.state.prompt_mask is None
