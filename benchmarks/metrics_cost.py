@@ -11,7 +11,7 @@ policy loop. The ledger and the engine's reports are part of both. A process kee
 (a percent either way on a CPU): --pairs-per-start says how often both are started anew.
 
 For each figure: the mean of the pairs' relative differences (on - off) / off and its 95 % confidence interval (Student's t). Exit status 1 if an
-interval does not lie within --limit. It needs a quiet machine.
+interval does not lie within --limit. It needs a quiet machine; where there are cores enough, --pin keeps the processes off each other's.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ T_975 = (
     *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
 )
 SIDES = ("off", "on")
+ALL_CORES = sorted(os.sched_getaffinity(0))
 FLAGS = {
     "off": ("--metrics.enabled", "false", "--store.enabled", "false", "--scaling-mode", "off"),
     "on": ("--compat-metrics", "vllm,otel", "--scaling-mode", "advise"),
@@ -63,6 +64,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (%(default)s)")
     parser.add_argument("--pairs", type=int, default=20, help="runs of each side (%(default)s)")
     parser.add_argument("--pairs-per-start", type=int, default=0, help="start both servers anew after so many pairs (0: never)")
+    parser.add_argument("--pin", type=int, default=0, metavar="N", help="keep servers on the first N cores, engines on the next N, clients off both")
     parser.add_argument("--concurrency", type=int, default=8, help="streams (%(default)s)")
     parser.add_argument("--per-stream", type=int, default=2, help="requests of a stream in a run (%(default)s)")
     parser.add_argument("--input-len", type=int, default=128)
@@ -107,7 +109,7 @@ class Server:
         command += ["--state-dir", str(folder / side), "--log-level", "warning", "--engine.block_size", str(BLOCK_SIZE)]
         command += ["--engine.num_blocks", str(math.ceil(tokens * 1.5 / BLOCK_SIZE) + 64), *FLAGS[side], *arguments.server_flags.split()]
         self.log = (folder / f"{side}.log").open("w+b")
-        self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, preexec_fn=lambda: os.sched_setaffinity(0, ALL_CORES))
 
     def wait_ready(self) -> None:
         """Return once it serves. SystemExit with its log if it does not."""
@@ -119,6 +121,13 @@ class Server:
             time.sleep(0.2)
         self.log.seek(0)
         raise SystemExit(f"the server with measuring {self.side} did not start:\n{self.log.read().decode(errors='replace')[-2000:]}")
+
+    def pin(self, num_cores: int) -> None:
+        """Keep the server and its engine each to `num_cores` cores of their own, with every thread they have and will have."""
+        for index, process in enumerate(self._processes()[:2]):
+            cores = ALL_CORES[index * num_cores : (index + 1) * num_cores]
+            for thread in process.threads():
+                os.sched_setaffinity(thread.id, cores)
 
     def pause(self) -> None:
         """Stop it where it is, the server before its engine, so that it cannot take a stopped engine for a hung one."""
@@ -178,6 +187,8 @@ def both(arguments: argparse.Namespace, folder: Path, order: Sequence[str]) -> I
         for side in order:
             servers[side] = Server(side, arguments, folder)
             servers[side].wait_ready()
+            if arguments.pin:
+                servers[side].pin(arguments.pin)
             servers[side].pause()
         yield servers
     finally:
@@ -288,6 +299,8 @@ def report(pairs: Sequence[dict[str, Run]], limit: float) -> tuple[list[dict[str
 def main() -> int:
     """Run the pairs and print what they say."""
     arguments = parse()
+    if arguments.pin:  # this process and the clients it starts
+        os.sched_setaffinity(0, ALL_CORES[2 * arguments.pin :] or ALL_CORES[: arguments.pin])
     with contextlib.ExitStack() as stack:
         folder = Path(arguments.state_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
