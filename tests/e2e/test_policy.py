@@ -116,7 +116,8 @@ async def test_a_queue_becomes_a_signed_signal(server: ApplianceServer, receiver
     metrics = server.metrics()
     assert metrics.value("scaling_decisions_total", direction="up") >= 1
     assert metrics.value("scaling_desired_replicas") >= 2
-    assert metrics.value("webhook_deliveries_total", outcome="delivered") >= 1
+    # It is counted behind its row in SQL, which this test may see first.
+    await until(lambda: server.metrics().value("webhook_deliveries_total", outcome="delivered") >= 1, "the delivery counted")
     assert metrics.value("webhook_deliveries_total", outcome="failed") == 1
     assert metrics.value("scaling_run_age_seconds") < 5
     assert json.loads(server.get("/v1/scale")[1])["desired_replicas"] >= 2
