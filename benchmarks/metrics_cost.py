@@ -144,12 +144,13 @@ class Server:
     def settle(self, seconds: float) -> None:
         """Run until its engine has no idle work left (kernels to compile, forms to calibrate, graphs to capture), for so long at most, then pause."""
         self.resume()
-        deadline, used = time.monotonic() + seconds, math.inf
-        while used > IDLE_CPU_SHARE and time.monotonic() < deadline:
+        deadline, used, num_quiet = time.monotonic() + seconds, math.inf, 0
+        while num_quiet < 2 and time.monotonic() < deadline:
             before = self.cpu_seconds()[1]
             time.sleep(3.0)
             used = (self.cpu_seconds()[1] - before) / 3.0
-        if used > IDLE_CPU_SHARE:
+            num_quiet = num_quiet + 1 if 0.0 <= used <= IDLE_CPU_SHARE else 0  # it falls when a compiler that it ran has ended
+        if num_quiet < 2:
             print(f"the engine with measuring {self.side} is not at rest after {seconds:.0f} s: {used:.0%} of a core", flush=True)
         self.pause()
 
