@@ -70,7 +70,7 @@ def main() -> int:
     pool = ready.num_blocks * demand.kv_block
     ready_bytes = used_bytes() - before - pool
     allocated = torch.cuda.memory_allocated() - pool
-    while engine.runner.graphs is not None and engine.runner.graphs.capture_missing(lambda: None):
+    while engine.runner.capture_next_graph(lambda: None):
         pass
     torch.cuda.synchronize()
     captured_bytes = used_bytes() - before - pool

@@ -48,8 +48,7 @@ def main() -> None:
     )
     began = time.monotonic()
     engine, ready = build_engine(start, _Silent(), lambda _: None)
-    capture = engine.runner.graphs.capture_missing if engine.runner.graphs is not None else engine.runner.capture_next_graph
-    while capture(lambda: None):
+    while engine.runner.capture_next_graph(lambda: None):
         pass
     facts = {"model": options.model.split("/")[-1], "device": ready.device, "dtype": ready.dtype, "quantization": ready.quantization}
     print(json.dumps(facts | {"start_seconds": round(time.monotonic() - began, 2), "reasons": ready.reasons}), flush=True)

@@ -54,8 +54,7 @@ def main() -> None:
         quantization=options.quantization,
     )
     engine, ready = build_engine(start, _Silent(), lambda _: None)
-    capture = engine.runner.graphs.capture_missing if engine.runner.graphs is not None else engine.runner.capture_next_graph
-    while capture(lambda: None):
+    while engine.runner.capture_next_graph(lambda: None):
         pass
     print(f"{options.model.split('/')[-1]} {ready.device} {ready.dtype}", flush=True)
     for batch in options.batch:
