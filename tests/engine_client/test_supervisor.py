@@ -17,6 +17,7 @@ from engine_harness import FAST, Harness, collect, gone, harness, request
 from fake_engine import expected_tokens
 
 from appliance.clock import SystemClock
+from appliance.engine.child import spawn
 from appliance.engine.client import SequenceRequest
 from appliance.engine.supervisor import SupervisedEngine
 from appliance.engine.wire import Sampling, Start
@@ -268,3 +269,16 @@ def test_the_server_side_needs_no_torch() -> None:
     """Importing the client loads neither torch nor transformers nor numpy."""
     code = "import sys, appliance.engine.supervisor; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("told", "found"), [(None, "glibc.malloc.hugetlb=1"), ("glibc.malloc.check=3", "glibc.malloc.check=3")])
+def test_the_engines_malloc_asks_for_huge_pages(told: str | None, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the operator has tuned glibc himself; the rest of the environment goes over as it is."""
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setenv("OF_THE_OPERATOR", "kept")
+    if told is not None:
+        monkeypatch.setenv("GLIBC_TUNABLES", told)
+    spawned = spawn((sys.executable, "-c", "import os; print(os.environ['GLIBC_TUNABLES'], os.environ['OF_THE_OPERATOR'])"))
+    with open(spawned.stderr) as output, spawned.socket:
+        assert output.read() == f"{found} kept\n"
+    assert spawned.process.wait(20) == 0
