@@ -12,7 +12,7 @@ from appliance.engine.batch import Bucket, DeviceBatch
 from appliance.engine.cuda_graphs import StepGraphs
 from appliance.engine.scheduler import SchedulerLimits
 from appliance.engine.warm_kernels import apply_no_update, sample_every_way, warm_buckets
-from appliance.kernels.ops import Sampled, SamplingBatch, select
+from appliance.kernels.ops import AttentionBatch, RowState, Sampled, SamplingBatch, StepInput, select
 
 CPU = torch.device("cpu")
 
@@ -70,8 +70,8 @@ def test_the_update_of_nothing_changes_nothing() -> None:
 
 
 def test_every_kind_of_sampling_is_met() -> None:
-    """Filters, logprobs, penalties and bias, on the logits as they are and on their float32 copy, which penalties and bias make; state and logits
-    stay as they are."""
+    """Filters, logprobs, penalties and bias, on the logits as they are and on their float32 copy, which penalties and bias make, and the counts that
+    penalties need; state and logits stay as they are."""
     ops, made = select(CPU, "reference"), batch()
     seen: set[tuple[str, bool]] = set()
 
@@ -84,12 +84,17 @@ def test_every_kind_of_sampling_is_met() -> None:
             seen.update((name, is_copied) for name, is_asked in asked.items() if is_asked)
             return ops.sample(logits, sampling)
 
+        def commit_sampled(self, state: RowState, step: StepInput, batch: AttentionBatch, token_ids: torch.Tensor) -> None:
+            if state.output_counts is not None:
+                seen.add(("counts", False))
+            ops.commit_sampled(state, step, batch, token_ids)
+
     logits = torch.randn(6, 50)
     before, params = logits.clone(), made.state.params.clone()
     sample_every_way(cast(Any, Recorder()), made, logits)
     plain = {("greedy", False), ("random", False)}  # which the steps of `warm_buckets` meet
     everything = {(kind, copied) for kind in ("greedy", "random", "filtered", "logprobs") for copied in (False, True)}
-    assert seen | plain == everything | {("penalties", True), ("bias", True)}
+    assert seen | plain == everything | {("penalties", True), ("bias", True), ("counts", False)}
     assert torch.equal(logits, before)
     assert torch.equal(made.state.params, params)
     assert made.state.prompt_mask is None
