@@ -173,10 +173,11 @@ class OpenSequence:
 
     def listen(self, listener: Callable[[], None], *, every_token: bool) -> None:
         """Have `listener` called whenever there is something to take; see `Generation.listen`."""
-        self._listener = listener
-        self.hears_tokens = every_token
         if self._times or self._events or self.stage is Stage.ENDED:
             self._wakeups.add(listener)
+        if self.stage is not Stage.ENDED:
+            self._listener = listener
+            self.hears_tokens = every_token
 
     def abort(self) -> None:
         """The client is gone. Idempotent; harmless after the end."""
@@ -227,6 +228,7 @@ class OpenSequence:
         self._finish_reason = finish_reason
         self._error = error
         self._wake()
+        self._listener = None  # which holds this sequence: a circle would keep both, and the request, until garbage is collected
 
     def truncate(self, num_tokens: int) -> None:
         """Drop pending tokens beyond `num_tokens`; what the handler has taken stays."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+import weakref
 
 import pytest
 from engine_harness import request
@@ -84,6 +86,37 @@ async def test_an_end_wakes_the_listener(end: str) -> None:
     assert len(deltas) == 2
     assert (deltas[-1].finish_reason == "abort") == (end == "abort")
     assert isinstance(deltas[-1].error, Unavailable) == (end == "end_all")
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["while it runs", "after its end"])
+async def test_an_ended_sequence_lets_go_of_its_listener(late: bool) -> None:
+    """A listener holds its sequence, and with it the whole request: in a circle they would stay until garbage is collected."""
+    table, engine = started()
+
+    class Handler:
+        def __init__(self) -> None:
+            self.generation = table.submit(request(1, 2), 0.0, restarting=False)
+            self.deltas: list[Delta] = []
+
+        def take(self) -> None:
+            self.deltas.append(self.generation.take())
+
+    handler = Handler()
+    if not late:
+        handler.generation.listen(handler.take, every_token=True)
+    for now in (1.0, 2.0):
+        engine.step(now)
+    if late:
+        handler.generation.listen(handler.take, every_token=True)
+    await asyncio.sleep(0)
+    assert handler.deltas[-1].finish_reason == "length"
+    gone = weakref.ref(handler)
+    gc.disable()
+    try:
+        del handler
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 async def test_a_listener_that_fails_does_not_take_others_along(caplog: pytest.LogCaptureFixture) -> None:
