@@ -60,19 +60,20 @@ class StepCosts(msgspec.Struct, frozen=True):
 
     def flops(self, stats: StepStats) -> float:
         """Operations of a step: linear layers of its tokens, the head of those that sample, attention of decodes and chunks."""
-        num_tokens = stats.num_decode_tokens + stats.num_prefill_tokens
-        pairs = stats.num_context_tokens + stats.num_prefill_pairs
-        return num_tokens * self.flops_per_token + stats.num_sampled_tokens * self.flops_per_sample + pairs * self.flops_per_pair
+        return self.flops_of(stats.num_decode_tokens + stats.num_prefill_tokens, stats.num_sampled_tokens, stats.num_pairs)
+
+    def flops_of(self, num_tokens: int, num_sampled_tokens: int, num_pairs: int) -> float:
+        """Those of any number of steps, from their sums."""
+        return num_tokens * self.flops_per_token + num_sampled_tokens * self.flops_per_sample + num_pairs * self.flops_per_pair
 
     def moved_bytes(self, stats: StepStats) -> float:
         """Bytes that a step moves at least; 0 for one without tokens."""
         num_tokens = stats.num_decode_tokens + stats.num_prefill_tokens
-        if not num_tokens:
-            return 0.0
-        read = stats.num_context_tokens
-        for _, start, _, _ in stats.chunks:
-            read += start
-        return self.weight_bytes + (read + num_tokens) * self.kv_bytes_per_token
+        return self.moved_bytes_of(num_tokens > 0, num_tokens, stats.num_read_tokens) if num_tokens else 0.0
+
+    def moved_bytes_of(self, num_steps: int, num_tokens: int, num_read_tokens: int) -> float:
+        """Those of so many steps with tokens, from their sums."""
+        return num_steps * self.weight_bytes + (num_read_tokens + num_tokens) * self.kv_bytes_per_token
 
 
 class StepStats(msgspec.Struct, frozen=True, array_like=True):
@@ -116,6 +117,16 @@ class StepStats(msgspec.Struct, frozen=True, array_like=True):
     def num_prefill_pairs(self) -> int:
         """Pairs of a query and a position it attends to, over the step's chunks."""
         return sum([length * start + length * (length + 1) // 2 for _, start, length, _ in self.chunks]) if self.chunks else 0
+
+    @property
+    def num_pairs(self) -> int:
+        """The same over the whole step."""
+        return self.num_context_tokens + self.num_prefill_pairs
+
+    @property
+    def num_read_tokens(self) -> int:
+        """Positions whose K and V the step reads: the context of each decode, and what precedes each chunk."""
+        return self.num_context_tokens + sum([start for _, start, _, _ in self.chunks]) if self.chunks else self.num_context_tokens
 
 
 class EngineEvent(msgspec.Struct, frozen=True):

@@ -66,11 +66,8 @@ class Generation(Protocol):
 class EngineObserver(Protocol):
     """What the client reports as it happens, on the event loop. Implemented by the metrics recorder (and the store, for events)."""
 
-    def on_step(self, stats: StepStats) -> None:
-        """A step was done."""
-
-    def on_gaps(self, gaps: Sequence[tuple[float, int]]) -> None:
-        """Inter-token latencies of one step, grouped: (seconds, how many sequences)."""
+    def on_step(self, stats: StepStats, gaps: Sequence[tuple[float, int]]) -> None:
+        """A step was done, with these inter-token latencies, grouped: (seconds, how many sequences)."""
 
     def on_engine_event(self, event: EngineEvent) -> None:
         """The process started, became ready, crashed, ..."""

@@ -335,9 +335,7 @@ class SupervisedEngine:
 
     def _observe(self, stats: StepStats, gaps: list[tuple[float, int]]) -> None:
         try:
-            self._observer.on_step(stats)
-            if gaps:
-                self._observer.on_gaps(gaps)
+            self._observer.on_step(stats, gaps)
         except Exception:  # a fault in the metrics must not pass for one of the engine
             _logger.exception("the observer failed on a step")
 

@@ -37,7 +37,7 @@ def apply_no_update(ops: Ops, batch: DeviceBatch) -> None:
 
 def sample_every_way(ops: Ops, batch: DeviceBatch, logits: Tensor) -> None:
     """What a step runs whose rows ask for more than greedy or plain random tokens, on the first row of `logits` `[rows, vocab]` and a state of its
-    own: filters, logprobs, penalties and bias. The last two make float32 of the logits, for which all is compiled once more; penalties count the ids."""
+    own: filters, logprobs, penalties and bias. The last two make float32 of the logits, for which all is compiled once more; penalties count ids."""
     device, vocab = logits.device, logits.shape[1]
     state = RowState(
         params=batch.state.params[-1:].clone(),

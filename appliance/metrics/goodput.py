@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from appliance.errors import DeadlineExceeded
 from appliance.events import LedgerState, RequestRecord
@@ -42,17 +42,16 @@ class Judgement:
 
     ttft: bool | None
     tpot: bool | None
+    both: bool | None = field(init=False)  # bad if either is, None where neither is judged
 
-    @property
-    def both(self) -> bool | None:
-        """Bad if either is bad, good if both are good or one is and the other is not judged; None where neither is judged."""
-        if self.ttft is None and self.tpot is None:
-            return None
-        return self.ttft is not False and self.tpot is not False
+    def __post_init__(self) -> None:
+        judged = [good for good in (self.ttft, self.tpot) if good is not None]
+        object.__setattr__(self, "both", all(judged) if judged else None)
 
 
-NOT_JUDGED = Judgement(None, None)
-_BAD = Judgement(False, False)
+_JUDGEMENTS = {(ttft, tpot): Judgement(ttft, tpot) for ttft in (None, False, True) for tpot in (None, False, True)}
+NOT_JUDGED = _JUDGEMENTS[None, None]
+_BAD = _JUDGEMENTS[False, False]
 
 
 def judge(record: RequestRecord, slo: Slo) -> Judgement:
@@ -69,9 +68,9 @@ def judge(record: RequestRecord, slo: Slo) -> Judgement:
     if 400 <= record.status < 499:
         return NOT_JUDGED
     if record.ttft_seconds is None:
-        return Judgement(False, None) if record.duration_seconds > slo.ttft_seconds else NOT_JUDGED
+        return _JUDGEMENTS[False, None] if record.duration_seconds > slo.ttft_seconds else NOT_JUDGED
     tpot = None if record.tpot_seconds is None else record.tpot_seconds <= slo.tpot_seconds
-    return Judgement(record.ttft_seconds <= slo.ttft_seconds, tpot)
+    return _JUDGEMENTS[record.ttft_seconds <= slo.ttft_seconds, tpot]
 
 
 def expired_in_queue(record: RequestRecord) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
 from typing import Any
 
 from prometheus_client.exposition import choose_encoder
@@ -30,19 +31,20 @@ from appliance.metrics.labels import (
 )
 from appliance.metrics.live import EngineView, costs_of, set_engine, set_hardware, set_kv, set_store, set_work
 from appliance.metrics.requests import RequestMeter
-from appliance.metrics.steps import StepMeter
+from appliance.metrics.steps import StepMeter, StepReport
 from appliance.metrics.window import History
 from appliance.settings import MetricsSettings
 
 _log = logging.getLogger(__name__)
 _MOST_PENDING = 1024
+_SETTLE_SECONDS = 0.5
 
 
 class Recorder:
     """Implements EngineObserver and the API's observer; keeps its families to itself.
 
-    What happens is put aside with its time, and counted many at once: when somebody reads, when the loop's lag is told, and before it becomes
-    much. The counters' memory is cold between two steps, and a step that is counted alone costs four times one that is counted among others.
+    What happens is put aside with its time, and counted many at once: when somebody reads, twice a second when the loop's lag is told, and before
+    it becomes much. The counters' memory is cold between two steps: one that is counted alone costs ten times one that is counted among others.
     Tell `on_loop_lag` a few times a second, or the age of the engine's newest report is only as exact as the scrapes are frequent.
     Nothing here raises on what a user sent: unknown label values become "other".
     """
@@ -65,8 +67,11 @@ class Recorder:
         self._settings = settings or MetricsSettings()
         namespaces = [NAMESPACES[name] for name in dict.fromkeys(self._settings.compat)]
         self._instruments = Instruments(catalogue, slo, more_edges(namespaces))
-        self._pending: list[tuple[Callable[..., None], tuple[Any, ...]]] = []  # what is to be counted, in order
-        self.stats: StepStats | None = None  # of the newest step
+        self._new_steps: list[StepReport] = []  # what is to be counted, in order
+        self._pending: list[tuple[Callable[..., None], tuple[Any, ...]]] = []  # of requests
+        self._settled_at = clock.monotonic()
+        self._num_reports = 0  # of the engine
+        self._stats: StepStats | None = None  # of the newest step that was counted
         self._started = clock.monotonic()
         self._history = History(max(self._settings.slow_window_seconds, self._settings.fast_window_seconds), self._started)
         self._block_size = block_size
@@ -107,17 +112,12 @@ class Recorder:
 
     # EngineObserver
 
-    def on_step(self, stats: StepStats) -> None:
-        """A step was done. The hot path (a test holds its price)."""
-        now = self.clock.monotonic()
-        self.stats = stats
-        self._reported_at = now
-        self._waiting_since = now - stats.oldest_waiting_age_seconds if stats.num_waiting else None
-        self._later(self._steps.on_step, stats, now)
-
-    def on_gaps(self, gaps: Sequence[tuple[float, int]]) -> None:
-        """Inter-token latencies of one step, grouped: (seconds, how many sequences)."""
-        self._later(self._steps.on_gaps, gaps, self.clock.monotonic())
+    def on_step(self, stats: StepStats, gaps: Sequence[tuple[float, int]] = ()) -> None:
+        """A step was done, with these inter-token latencies, grouped: (seconds, how many sequences). The hot path: a test holds its price."""
+        self._num_reports += 1
+        self._new_steps.append((self.clock.monotonic(), stats, gaps))
+        if len(self._new_steps) >= _MOST_PENDING:
+            self.settle()
 
     def on_engine_event(self, event: EngineEvent) -> None:
         """The engine process started, became ready, crashed, ..."""
@@ -134,7 +134,7 @@ class Recorder:
             self._history.release(now)
             if self._waiting_since is None and event.num_in_flight:
                 self._waiting_since = now
-            self.stats = None
+            self._stats = None
 
     # The API's observer
 
@@ -144,7 +144,7 @@ class Recorder:
 
     def on_admitted(self, num_prompt_tokens: int, max_tokens: int) -> None:
         """A request was admitted: demand, in tokens."""
-        self._later(self._requests.on_admitted, num_prompt_tokens, max_tokens, self.clock.monotonic())
+        self._later(self._count_admitted, num_prompt_tokens, max_tokens, self.clock.monotonic(), self._num_reports)
 
     def on_rejected(self, code: str) -> None:
         """A request was refused at admission; `code` is the error's."""
@@ -182,7 +182,8 @@ class Recorder:
         """The event loop ran a callback so late. It comes every now and then: the time to count what was put aside."""
         self._cells.loop_lag.observe(seconds)
         self._hear()
-        self.settle()
+        if self.clock.monotonic() - self._settled_at >= _SETTLE_SECONDS:
+            self.settle()
 
     # The policy loop and the courier
 
@@ -215,14 +216,26 @@ class Recorder:
         return "".join(out).encode(), content_type
 
     @property
+    def stats(self) -> StepStats | None:
+        """Of the engine's newest step; None before the first and while the engine is gone."""
+        return self._new_steps[-1][1] if self._new_steps else self._stats
+
+    @property
     def instruments(self) -> Instruments:
         """Cells and histograms, to read."""
         self.settle()
         return self._instruments
 
     def settle(self) -> None:
-        """Count what was put aside, in its order. What fails is logged and the rest counted."""
+        """Count what was put aside: steps, then requests in their order. What fails is logged and the rest counted."""
+        self._settled_at = self.clock.monotonic()
+        steps, self._new_steps = self._new_steps, []
         pending, self._pending = self._pending, []
+        if steps:
+            at, stats, _ = steps[-1]
+            self._stats, self._reported_at = stats, max(at, self._reported_at or at)
+            self._waiting_since = at - stats.oldest_waiting_age_seconds if stats.num_waiting else None
+            self._count_steps(steps)
         for count, arguments in pending:
             try:
                 count(*arguments)
@@ -259,6 +272,7 @@ class Recorder:
 
     def queue(self, now: float) -> tuple[int, int, float]:
         """Sequences running and waiting, and the age of the oldest waiting one, at `now`. While the engine is down, all in flight wait."""
+        self.settle()
         if self._engine is not None and self._engine.state in ("starting", "restarting"):
             num_running, num_waiting = 0, self._engine.num_in_flight
             if not num_waiting:
@@ -289,6 +303,22 @@ class Recorder:
         return self._forecast.ttft_seconds(self.stats, self.queue(now)[2], max_num_seqs, window)
 
     # Inside
+
+    def _count_steps(self, reports: Sequence[StepReport]) -> None:
+        """Count reports by slices of the history; those of a slice that cannot be counted, one by one."""
+        for _, slice_ in groupby(reports, lambda report: self._history.slice_of(report[0])):
+            rows = list(slice_)
+            try:
+                self._steps.on_steps(rows)
+            except Exception:
+                if len(rows) == 1:
+                    _log.exception("a report was not counted")
+                else:
+                    for row in rows:
+                        self._count_steps([row])
+
+    def _count_admitted(self, num_prompt_tokens: int, max_tokens: int, now: float, num_reports: int) -> None:
+        self._requests.on_admitted(num_prompt_tokens, max_tokens, now, reported=num_reports < self._num_reports)
 
     def _later(self, count: Callable[..., None], *arguments: Any) -> None:
         self._pending.append((count, arguments))

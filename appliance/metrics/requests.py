@@ -29,11 +29,12 @@ class RequestMeter:
         """The headers of a request were read."""
         self._instruments.cell("appliance_requests_received_total", bounded(endpoint, ENDPOINTS)).value += 1
 
-    def on_admitted(self, num_prompt_tokens: int, max_tokens: int, now: float) -> None:
-        """A request was admitted: demand, in tokens."""
+    def on_admitted(self, num_prompt_tokens: int, max_tokens: int, now: float, *, reported: bool) -> None:
+        """A request was admitted: demand, in tokens. `reported`: the engine's newest report is of a time when it was."""
         self._cells.admitted_prompt.value += num_prompt_tokens
         self._cells.admitted_max.value += max_tokens
-        self._forecast.on_admitted(num_prompt_tokens)
+        if not reported:
+            self._forecast.on_admitted(num_prompt_tokens)
         self._history.on_admitted(now, num_prompt_tokens, max_tokens, self._forecast.expected_output(max_tokens))
 
     def on_rejected(self, code: str, shed: bool, now: float) -> None:

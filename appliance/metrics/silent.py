@@ -13,10 +13,7 @@ from appliance.metrics.recorder import Recorder
 class SilentRecorder(Recorder):
     """Its families stay as they were made, and its snapshots have no data."""
 
-    def on_step(self, stats: StepStats) -> None:
-        """Nothing."""
-
-    def on_gaps(self, gaps: Sequence[tuple[float, int]]) -> None:
+    def on_step(self, stats: StepStats, gaps: Sequence[tuple[float, int]] = ()) -> None:
         """Nothing."""
 
     def on_engine_event(self, event: EngineEvent) -> None:

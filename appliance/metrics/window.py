@@ -91,26 +91,25 @@ class History:
             bucket.num_tpot += 1
             bucket.num_good_tpot += good_tpot
 
-    def on_step(
-        self,
-        now: float,
-        num_running: int,
-        num_waiting: int,
-        waiting_age: float,
-        kv_utilisation: float,
-        work: tuple[float, float, float] = (0.0, 0.0, 0.0),
-    ) -> None:
-        """The engine's gauges from `now` on; `work`: busy seconds, FLOPs and moved bytes of the step."""
-        self._integrate(now)
+    def on_step(self, now: float, num_running: int, num_waiting: int, waiting_age: float, kv_utilisation: float) -> None:
+        """The engine's gauges from `now` on."""
+        bucket = self._integrate(now)
         self._held_at, self._running, self._waiting, self._kv = now, num_running, num_waiting, kv_utilisation
-        bucket = self._at(now)
-        bucket.busy_seconds += work[0]
-        bucket.flops += work[1]
-        bucket.moved_bytes += work[2]
         if waiting_age > bucket.max_waiting_age:
             bucket.max_waiting_age = waiting_age
         if kv_utilisation > bucket.max_kv:
             bucket.max_kv = kv_utilisation
+
+    def on_work(self, now: float, busy_seconds: float, flops: float, moved_bytes: float) -> None:
+        """What the engine did in steps that ended about `now`."""
+        bucket = self._at(now)
+        bucket.busy_seconds += busy_seconds
+        bucket.flops += flops
+        bucket.moved_bytes += moved_bytes
+
+    def slice_of(self, now: float) -> int:
+        """The number of the slice of time that `now` lies in; what is counted together should lie in one."""
+        return int(now // self._width)
 
     def release(self, now: float) -> None:
         """The engine is gone: from `now` until the next step nothing is known of its gauges."""
@@ -156,11 +155,11 @@ class History:
         )
 
     def _at(self, now: float) -> _Bucket:
-        """The bucket of `now`. A clock reading older than the newest bucket counts there."""
+        """The bucket of `now`."""
         index = int(now // self._width)
         buckets = self._buckets
         if buckets and buckets[-1].index >= index:
-            return buckets[-1]
+            return buckets[-1] if buckets[-1].index == index else self._earlier(index)
         bucket = _Bucket(index)
         buckets.append(bucket)
         oldest = index - math.ceil(self._longest / self._width)
@@ -168,36 +167,42 @@ class History:
             buckets.popleft()
         return bucket
 
-    def _integrate(self, now: float) -> None:
-        """Add the held gauges up to `now`, slice by slice."""
+    def _earlier(self, index: int) -> _Bucket:
+        """A bucket before the newest: what is counted in rows comes a moment late."""
+        position = len(self._buckets) - 1
+        while position and self._buckets[position - 1].index >= index:
+            position -= 1
+        if self._buckets[position].index != index:
+            self._buckets.insert(position, _Bucket(index))
+        return self._buckets[position]
+
+    def _integrate(self, now: float) -> _Bucket:
+        """Add the held gauges up to `now`, slice by slice; the bucket of `now`."""
         at = self._held_at
         if at is None or now <= at:
-            return
+            return self._at(now)
         buckets = self._buckets
         if buckets and buckets[-1].index == int(now // self._width) == int(at // self._width):  # nearly always: steps take milliseconds
-            bucket, span = buckets[-1], now - at
-            bucket.held_seconds += span
-            bucket.running_seconds += self._running * span
-            bucket.waiting_seconds += self._waiting * span
-            bucket.kv_seconds += self._kv * span
-            if self._kv > bucket.max_kv:
-                bucket.max_kv = self._kv
+            self._hold(buckets[-1], now - at)
             self._held_at = now
-            return
+            return buckets[-1]
         at = max(at, now - self._longest)
         while at < now:
             end = min(now, (at // self._width + 1) * self._width)
             if end <= at:  # rounding of a large clock reading
                 end = now
-            bucket, span = self._at(at), end - at
-            bucket.held_seconds += span
-            bucket.running_seconds += self._running * span
-            bucket.waiting_seconds += self._waiting * span
-            bucket.kv_seconds += self._kv * span
-            if self._kv > bucket.max_kv:
-                bucket.max_kv = self._kv
+            self._hold(self._at(at), end - at)
             at = end
         self._held_at = now
+        return self._at(now)
+
+    def _hold(self, bucket: _Bucket, seconds: float) -> None:
+        bucket.held_seconds += seconds
+        bucket.running_seconds += self._running * seconds
+        bucket.waiting_seconds += self._waiting * seconds
+        bucket.kv_seconds += self._kv * seconds
+        if self._kv > bucket.max_kv:
+            bucket.max_kv = self._kv
 
 
 def _bin(seconds: float) -> int:

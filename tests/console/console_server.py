@@ -6,7 +6,7 @@ import asyncio
 import collections
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -284,8 +284,7 @@ async def seed(database: Database, now: float, *, seconds: float = 3600.0, num_r
 
 def work(recorder: Recorder) -> None:
     """Let the recorder see one busy step, 1,960 tokens and 40 finished requests, all good."""
-    _step(recorder, num_running=96, num_waiting=3)
-    recorder.on_gaps([(0.0105, 96)] * 20)
+    _step(recorder, [(0.0105, 96)] * 20, num_running=96, num_waiting=3)
     for index in range(40):
         recorder.on_admitted(300, 128)
         recorder.on_first_token(0.11 + 0.002 * index)
@@ -298,9 +297,8 @@ async def keep_busy(recorder: Recorder) -> None:
     requests = 0.0
     while True:
         load = _load(recorder.clock.wall())
-        _step(recorder, num_running=int(128 * load), num_waiting=0)
         tokens = int(9000 * load * period)
-        recorder.on_gaps([(0.007 + 0.006 * load, tokens)])
+        _step(recorder, [(0.007 + 0.006 * load, tokens)], num_running=int(128 * load), num_waiting=0)
         recorder.on_admitted(int(tokens * 2.6), tokens)
         requests += tokens / 180
         while requests >= 1.0:
@@ -310,7 +308,7 @@ async def keep_busy(recorder: Recorder) -> None:
         await asyncio.sleep(period)
 
 
-def _step(recorder: Recorder, *, num_running: int, num_waiting: int) -> None:
+def _step(recorder: Recorder, gaps: Sequence[tuple[float, int]], *, num_running: int, num_waiting: int) -> None:
     used = 200 + int(600 * num_running / 128)
     values = {
         "num_sequences": num_running,
@@ -325,7 +323,7 @@ def _step(recorder: Recorder, *, num_running: int, num_waiting: int) -> None:
         "launch_seconds": 0.009,
     }
     zeros = {field.name: 0 for field in msgspec.structs.fields(StepStats) if field.required}
-    recorder.on_step(StepStats(**(zeros | values)))  # type: ignore[arg-type]
+    recorder.on_step(StepStats(**(zeros | values)), gaps)  # type: ignore[arg-type]
 
 
 def _load(at_wall: float) -> float:

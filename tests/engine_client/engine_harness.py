@@ -31,10 +31,8 @@ class RecordingObserver:
         self.num_steps = 0
         self.changed = asyncio.Event()
 
-    def on_step(self, stats: StepStats) -> None:
+    def on_step(self, stats: StepStats, gaps: Sequence[tuple[float, int]]) -> None:
         self.num_steps += 1
-
-    def on_gaps(self, gaps: Sequence[tuple[float, int]]) -> None:
         self.gaps.extend(gaps)
 
     def on_engine_event(self, event: EngineEvent) -> None:

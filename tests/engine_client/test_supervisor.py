@@ -210,7 +210,7 @@ async def test_a_faulty_observer_harms_nothing(tmp_path: Path, caplog: pytest.Lo
     """An observer that raises is logged; the engine and its streams do not notice."""
     async with harness(tmp_path, {}) as h:
 
-        def on_step(stats: StepStats) -> None:
+        def on_step(stats: StepStats, gaps: object) -> None:
             raise KeyError(stats.step)
 
         h.observer.on_step = on_step  # type: ignore[method-assign]

@@ -74,8 +74,7 @@ def both(clock: ManualClock, slo: Slo) -> Recorder:
 def served(both: Recorder, engine_class: Any, make_record: MakeRecord, make_stats: MakeStats) -> Recorder:
     """It, after some traffic."""
     both.bind_engine(engine_class())
-    both.on_step(make_stats())
-    both.on_gaps([(0.004, 8)])
+    both.on_step(make_stats(), [(0.004, 8)])
     both.on_first_token(0.03, "/v1/completions")
     both.on_first_token(0.3)
     both.on_rejected("queue_full")

@@ -59,9 +59,9 @@ def test_a_step_moves_counters_and_gauges(recorder: Recorder, engine: Any, make_
     assert _value(recorder, "engine_batch_sequences_bucket", le="16.0") == 2
 
 
-def test_grouped_gaps_are_observed_each(recorder: Recorder) -> None:
+def test_grouped_gaps_are_observed_each(recorder: Recorder, make_stats: MakeStats) -> None:
     """A group of n equal gaps is n observations, and as many output tokens; a value on an edge belongs below it."""
-    recorder.on_gaps([(0.002, 60), (0.0021, 4)])
+    recorder.on_step(make_stats(), [(0.002, 60), (0.0021, 4)])
     assert _value(recorder, "inter_token_latency_seconds_bucket", le="0.0015") == 0
     assert _value(recorder, "inter_token_latency_seconds_bucket", le="0.002") == 60
     assert _value(recorder, "inter_token_latency_seconds_count") == 64
@@ -85,17 +85,17 @@ def test_a_request_is_counted_once_everywhere(recorder: Recorder, make_record: M
     assert _value(recorder, "request_state_seconds_total", state="prefill_wait") == pytest.approx(0.04)
 
 
-def test_output_tokens_are_those_that_were_delivered(recorder: Recorder, make_record: MakeRecord) -> None:
+def test_output_tokens_are_those_that_were_delivered(recorder: Recorder, make_record: MakeRecord, make_stats: MakeStats) -> None:
     """Each choice has a first token, which no gap precedes: of 5, 5 and 1 tokens of three choices none is forgotten, and to 4 of one none added."""
     recorder.on_first_token(0.2)
     recorder.on_other_first_token()
-    recorder.on_gaps([(0.01, 2)] * 4)
+    recorder.on_step(make_stats(), [(0.01, 2)] * 4)
     recorder.on_other_first_token()
     assert _value(recorder, "output_tokens_total") == 11, "counted as they come, not when the request ends"
     recorder.on_request(make_record(num_choices=3, num_generated_tokens=11))
     assert _value(recorder, "output_tokens_total") == 11
     recorder.on_first_token(0.2)
-    recorder.on_gaps([(0.01, 1)] * 3)
+    recorder.on_step(make_stats(), [(0.01, 1)] * 3)
     recorder.on_request(make_record(num_choices=1, num_generated_tokens=4))
     recorder.on_request(make_record(status=503, num_choices=4, num_generated_tokens=0, ttft_seconds=None))
     recorder.on_first_token(0.2)  # the client left after the first token of the first of its two choices
@@ -278,8 +278,7 @@ def test_a_sample_holds_what_happened_since(
 
     recorder.on_admitted(100, 50)
     recorder.on_first_token(0.2)
-    recorder.on_gaps([(0.01, 4)])
-    recorder.on_step(make_stats())
+    recorder.on_step(make_stats(), [(0.01, 4)])
     recorder.on_request(make_record())
     recorder.on_request(make_record(status=503, ttft_seconds=None, tpot_seconds=None))
     recorder.on_rejected("queue_full")
@@ -309,8 +308,7 @@ def test_a_step_is_cheap_to_observe(recorder: Recorder, make_stats: MakeStats) -
     def batch() -> float:
         started = time.process_time()
         for _ in range(200):
-            recorder.on_step(stats)
-            recorder.on_gaps(gaps)
+            recorder.on_step(stats, gaps)
         recorder.settle()
         return (time.process_time() - started) / 200
 
@@ -321,15 +319,28 @@ def test_reports_wait_in_order_and_in_bounds(recorder: Recorder, make_stats: Mak
     """Reports that nobody has read yet are few, count with the time at which they came, and one that cannot be counted costs no other."""
     for _ in range(5000):
         recorder.on_step(make_stats())
-        assert len(recorder._pending) < 1024
+        recorder.on_other_first_token()
+        assert max(len(recorder._new_steps), len(recorder._pending)) < 1024
     recorder.on_first_token(0.1)
     clock.advance(3600)  # beyond the windows
     recorder.on_first_token(0.2)
     recorder.on_first_token("not a number")  # type: ignore[arg-type]
-    recorder.on_gaps([(0.01, 4)])
-    assert _value(recorder, "engine_steps_total") == 5000
-    assert _value(recorder, "output_tokens_total") == 6
+    recorder.on_step(make_stats(), [(0.01, 4)])
+    assert _value(recorder, "engine_steps_total") == 5001
+    assert _value(recorder, "output_tokens_total") == 5006
     assert recorder.snapshot().fast.ttft_p50_seconds == pytest.approx(0.2, rel=0.03)
+
+
+def test_a_step_that_cannot_be_counted_costs_no_other(recorder: Recorder, make_stats: MakeStats, clock: ManualClock) -> None:
+    """Steps are counted in rows; one of them that is nonsense leaves the rest of its row, of every second, exactly counted."""
+    for second in range(3):
+        recorder.on_step(make_stats(), [(0.01, 4)])
+        recorder.on_step(make_stats(num_preemptions="many" if second == 1 else 0))
+        recorder.on_step(make_stats(num_decode_tokens=None if second == 1 else 8))
+        clock.advance(1)
+    assert _value(recorder, "engine_steps_total") == 7
+    assert _value(recorder, "engine_decode_tokens_total") == 7 * 8
+    assert _value(recorder, "output_tokens_total") == 12
 
 
 def test_a_step_shows_its_work(recorder: Recorder, engine: Any, make_stats: MakeStats) -> None:
@@ -393,8 +404,7 @@ def test_a_silent_recorder_keeps_nothing(clock: ManualClock, make_record: MakeRe
     silent.on_admitted(5, 5)
     silent.on_rejected("queue_full")
     silent.on_first_token(0.1, "/v1/completions", "id")
-    silent.on_gaps([(0.1, 3)])
-    silent.on_step(make_stats())
+    silent.on_step(make_stats(), [(0.1, 3)])
     silent.on_engine_event(EngineEvent("ready", 0.0, ""))
     silent.on_request(make_record())
     silent.on_loop_lag(0.1)
