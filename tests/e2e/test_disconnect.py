@@ -40,8 +40,9 @@ async def appliance(dummy_model: str, state_folder: Callable[[], Path]) -> Async
 async def test_a_client_that_leaves_frees_its_place_by_the_second_step(appliance: Appliance) -> None:
     """Of a stream, a stream in the queue's shadow and a whole reply that are cut, none is computed in the second step behind the cut."""
     steps: list[StepStats] = []
-    on_step = appliance.recorder.on_step
-    appliance.recorder.on_step = lambda stats: (steps.append(stats), on_step(stats))[1]  # type: ignore[method-assign]
+    observer = appliance.engine._observer
+    on_step = observer.on_step
+    observer.on_step = lambda stats, gaps: (steps.append(stats), on_step(stats, gaps))[1]  # type: ignore[method-assign]
     aborted_at: list[float] = []
     abort = appliance.engine._table.abort
     appliance.engine._table.abort = lambda sequence: (aborted_at.append(time.monotonic()), abort(sequence))[1]  # type: ignore[method-assign]
