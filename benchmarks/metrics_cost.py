@@ -91,11 +91,10 @@ def parse() -> argparse.Namespace:
 
 @dataclass(slots=True)
 class Turns:
-    """What was measured of one side in a pair: spans of CLOCK_MONOTONIC, and CPU seconds in them."""
+    """What was measured of one side in a pair: spans of CLOCK_MONOTONIC, and CPU seconds of server and engine in each."""
 
     spans: list[tuple[float, float]] = field(default_factory=list)
-    server_cpu: float = 0.0
-    engine_cpu: float = 0.0
+    cpu: list[tuple[float, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +106,7 @@ class Run:
     server_cpu_per_token: float  # CPU seconds of the server process
     engine_cpu_per_token: float
     num_failed: int  # of the whole load
+    turns: list[tuple[float, int, float, float]]  # of each: when it began, tokens, CPU seconds of server and engine
 
 
 def server_flags(side: str, arguments: argparse.Namespace) -> list[str]:
@@ -180,8 +180,7 @@ async def take_turns(servers: Mapping[str, PausedServer], arguments: argparse.Na
                 finally:
                     server.pause()
                 turns.spans.append((started, ended))
-                turns.server_cpu += after[0] - before[0]
-                turns.engine_cpu += after[1] - before[1]
+                turns.cpu.append((after[0] - before[0], after[1] - before[1]))
     return pairs
 
 
@@ -217,7 +216,7 @@ def summarise(outcomes: Sequence[Outcome], pairs: Sequence[Turns]) -> list[Run]:
     num_failed = sum(outcome.error is not None and outcome.error not in CUT_SHORT for outcome in outcomes)
     spans = np.array([span for turns in pairs for span in turns.spans]).reshape(-1, 2)
     num_turns = len(spans) // max(1, len(pairs))
-    num_tokens = [0] * len(pairs)
+    num_tokens = np.zeros(len(spans), dtype=np.int64)  # by turn
     tpots: list[list[float]] = [[] for _ in pairs]
     for outcome in outcomes if pairs else ():
         if not outcome.first_at:
@@ -227,21 +226,26 @@ def summarise(outcomes: Sequence[Outcome], pairs: Sequence[Turns]) -> list[Run]:
         turn = np.searchsorted(spans[:, 0], times, side="right") - 1
         turn[(turn >= 0) & (times >= spans[turn, 1])] = -1
         within = (turn[1:] == turn[:-1]) & (turn[1:] >= 0)
+        num_tokens += np.bincount(turn[turn >= 0], minlength=len(spans))
         for number in np.unique(turn[turn >= 0] // num_turns):
-            num_tokens[number] += int((turn // num_turns == number).sum())
             mine = gaps[within & (turn[1:] // num_turns == number)]
             if len(mine) >= LEAST_GAPS:
                 tpots[number].append(float(mine.mean()))
-    return [
-        Run(
-            tokens_per_second=tokens / sum(ended - started for started, ended in turns.spans),
-            tpot_p50_seconds=statistics.median(tpot),
-            server_cpu_per_token=turns.server_cpu / tokens,
-            engine_cpu_per_token=turns.engine_cpu / tokens,
-            num_failed=num_failed,
+    runs = []
+    for number, (turns, tpot) in enumerate(zip(pairs, tpots, strict=True)):
+        by_turn = [int(count) for count in num_tokens[number * num_turns : (number + 1) * num_turns]]
+        tokens = sum(by_turn)
+        runs.append(
+            Run(
+                tokens_per_second=tokens / sum(ended - started for started, ended in turns.spans),
+                tpot_p50_seconds=statistics.median(tpot),
+                server_cpu_per_token=sum(server for server, _ in turns.cpu) / tokens,
+                engine_cpu_per_token=sum(engine for _, engine in turns.cpu) / tokens,
+                num_failed=num_failed,
+                turns=[(span[0], count, *cpu) for span, count, cpu in zip(turns.spans, by_turn, turns.cpu, strict=True)],
+            )
         )
-        for turns, tokens, tpot in zip(pairs, num_tokens, tpots, strict=True)
-    ]
+    return runs
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float, float]:
