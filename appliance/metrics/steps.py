@@ -40,10 +40,11 @@ class StepMeter:
         )  # in the order of `_counts_of`
 
     def on_steps(self, reports: Sequence[StepReport]) -> None:
-        """Reports of the engine, all in one slice of the history: a step was done, or sequences ended without one. What cannot be counted raises
-        before anything is."""
+        """Reports of the engine, all in one slice of the history: a step was done, or sequences ended without one. A number that is none raises
+        before anything is counted."""
         counts = [sum(column) for column in zip(*[_counts_of(stats) for _, stats, _ in reports], strict=True)]
         work = [list(column) for column in zip(*[_work_of(stats) for _, stats, _ in reports if stats.num_sequences], strict=True)]
+        sums = [sum(column) for column in work]
         gaps = [gap for _, _, gaps in reports for gap in gaps]
         num_tokens = sum([count for _, count in gaps])
         for cell, count in zip(self._counters, counts, strict=True):
@@ -59,17 +60,18 @@ class StepMeter:
                 self._cells.chunk_tokens.observe_all([length for _, _, length, _ in stats.chunks])
         forecast.on_report()
         if work:
-            self._on_work(work, reports[-1][0])
+            self._on_work(work, sums, reports[-1][0])
         self._cells.itl.observe_counts(gaps)
         self._cells.output_tokens.value += num_tokens
         history.on_output(reports[-1][0], num_tokens)
 
-    def _on_work(self, work: Sequence[list[float]], now: float) -> None:
-        """Steps were done; `work`: the columns of `_work_of`."""
+    def _on_work(self, work: Sequence[list[float]], sums: Sequence[float], now: float) -> None:
+        """Steps were done; `work`: the columns of `_work_of`, `sums`: theirs."""
         cells, costs = self._cells, self.costs
-        *phases, busy, decode, prefill, sequences, sampled, pairs, read, hits = work
-        for cell, seconds in zip(cells.phases, phases, strict=True):
-            cell.value += sum(seconds)
+        *phases, _, decode, prefill, sequences, _, _, _, _ = work
+        *phase_seconds, busy_seconds, num_decode, num_prefill, _, num_sampled, num_pairs, num_read, num_hits = sums
+        for cell, seconds in zip(cells.phases, phase_seconds, strict=True):
+            cell.value += seconds
         cells.step_seconds.observe_all([sum(times) for times in zip(*phases, strict=True)])
         tokens = list(map(add, decode, prefill))
         cells.batch_sequences.observe_all(sequences)
@@ -77,13 +79,12 @@ class StepMeter:
         cells.batch_prefill.observe_all(prefill)
         cells.step_tokens.observe_all(tokens)
         cells.steps.value += len(tokens)
-        cells.graph_hits.value += sum(hits)
-        cells.engine_decode.value += sum(decode)
-        cells.engine_prefill.value += sum(prefill)
-        num_tokens = int(sum(tokens))
-        busy_seconds = sum(busy)
-        flops = costs.flops_of(num_tokens, int(sum(sampled)), int(sum(pairs)))
-        moved_bytes = costs.moved_bytes_of(sum(map(bool, tokens)), num_tokens, int(sum(read)))
+        cells.graph_hits.value += num_hits
+        cells.engine_decode.value += num_decode
+        cells.engine_prefill.value += num_prefill
+        num_tokens = int(num_decode + num_prefill)
+        flops = costs.flops_of(num_tokens, int(num_sampled), int(num_pairs))
+        moved_bytes = costs.moved_bytes_of(sum(map(bool, tokens)), num_tokens, int(num_read))
         cells.busy_seconds.value += busy_seconds
         cells.model_flops.value += flops
         cells.model_bytes.value += moved_bytes

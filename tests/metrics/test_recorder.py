@@ -335,11 +335,11 @@ def test_a_step_that_cannot_be_counted_costs_no_other(recorder: Recorder, make_s
     """Steps are counted in rows; one of them that is nonsense leaves the rest of its row, of every second, exactly counted."""
     for second in range(3):
         recorder.on_step(make_stats(), [(0.01, 4)])
-        recorder.on_step(make_stats(num_preemptions="many" if second == 1 else 0))
-        recorder.on_step(make_stats(num_decode_tokens=None if second == 1 else 8))
+        recorder.on_step(make_stats(num_preemptions="many" if second == 1 else 1))
+        recorder.on_step(make_stats(num_decode_tokens=None if second else 8))
         clock.advance(1)
-    assert _value(recorder, "engine_steps_total") == 7
-    assert _value(recorder, "engine_decode_tokens_total") == 7 * 8
+    assert _value(recorder, "preemptions_total") == _value(recorder, "engine_steps_total") == 6
+    assert _value(recorder, "engine_decode_tokens_total") == 6 * 8
     assert _value(recorder, "output_tokens_total") == 12
 
 
