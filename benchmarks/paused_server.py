@@ -42,7 +42,7 @@ class PausedServer:
         try:
             self._wait_ready()
             server = psutil.Process(self._process.pid)
-            self._processes = [server, *server.children(recursive=True)]
+            self._processes = [server, *server.children()]  # not the compilers that an engine may be running
             if pin:
                 self._pin(pin)
             self.pause()
@@ -68,7 +68,8 @@ class PausedServer:
             before = self.cpu_seconds()[1]
             time.sleep(3.0)
             used = (self.cpu_seconds()[1] - before) / 3.0
-            num_quiet = num_quiet + 1 if used <= IDLE_CPU_SHARE else 0
+            is_quiet = used <= IDLE_CPU_SHARE and not any(engine.children() for engine in self._processes[1:])
+            num_quiet = num_quiet + 1 if is_quiet else 0
         if num_quiet < 2:
             print(f"the engine of {self.name} is not at rest after {seconds:.0f} s: {used:.0%} of a core", flush=True)
         self.pause()
